@@ -1,4 +1,4 @@
-"""A short stretch of a closed load says what the whole load comes to."""
+"""A short window of a closed load says what the whole load comes to."""
 
 import numpy as np
 import pytest
@@ -70,7 +70,7 @@ def test_few_requests_and_few_tokens(output, batch):
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("layouts", [("tp=2",), ("tp=4", "tp=1")])
 def test_few_requests_take_the_time_of_their_tokens(layouts, batch):
-    """By Little's law, though more of them begin in the stretch than usually do."""
+    """By Little's law, though more of them begin in the window than usually do."""
     prompt, output = (9000, 9000), (300, 300)
     rates = steady_state(simulator_of(layouts, batch, batch, prompt, output), 0).rates
     in_time = batch / (rates.ttft_s + (output[0] - 1) * rates.tpot_s)
@@ -163,7 +163,7 @@ def test_seeds_agree_within_the_error_that_is_told(layout):
 
 
 def test_a_limit_that_counts_the_wait_is_not_met_where_a_queue_grows():
-    """The stretch is short: in it no request waits for long, but in the load all do."""
+    """The window is short: in it no request waits for long, but in the load all do."""
     limits = parse_slos(["ttft.p95=100s,e2e.mean=1000s,tpot.mean=10s"])
     calm, grows = (
         serving_of(each, steady_state(each, 0), limits)

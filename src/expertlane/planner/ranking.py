@@ -314,9 +314,9 @@ def gap_to(best: Contender, other: Contender, workload: Workload) -> str:
         f"{cause} +{1e6 * more[cause]:.3g}" for cause in named if more[cause] > _LEAST * growth
     ]
     text = f"µs per token: {', '.join(parts)}" if parts else "slightly more of every cost"
-    room, of_best = (int(each.finalist.option.steps.num_seqs.max()) for each in (other, best))
-    if room < min(workload.num_sequences, of_best):
-        text += f"; memory for {room:,} sequence{'' if room == 1 else 's'}"
+    most, of_best = (int(each.finalist.option.steps.num_seqs.max()) for each in (other, best))
+    if most < min(workload.num_sequences, of_best):
+        text += f"; memory for {most:,} sequence{'' if most == 1 else 's'}"
     return text
 
 
@@ -400,7 +400,7 @@ class Pair:
         drawn = {each.alpha: each for each in (routing, *(routing.extremes or ()))}
         other = drawn.get(skew) or replace(routing, alpha=skew, bounds=None)
         request = replace(self._request, setting=replace(setting, routing=other))
-        known = ScreenCache(slots=self._known.slots, rooms=self._known.rooms)
+        known = ScreenCache(slots=self._known.slots, capacities=self._known.capacities)
         return self._ahead(request, self._known if other is routing else known)
 
     def with_sequences(self, num: float) -> float:

@@ -139,7 +139,7 @@ class _Structure:
     """
 
     candidates: list[Candidate]
-    room: Capacity
+    capacity: Capacity
     sized: StepInputs | None
 
 
@@ -153,12 +153,12 @@ class ScreenCache:
     Attributes:
         fan_outs: by size of a stage, placements of its experts, and copy method.
         slots: by `ep` and redundant experts; a placement of that many slots, linear.
-        rooms: capacity of a rank, by all sizes that it depends on but replicas.
+        capacities: capacity of a rank, by all sizes that it depends on but replicas.
     """
 
     fan_outs: dict[_Spread, ExpectedFanOut] = field(default_factory=dict)
     slots: dict[tuple[int, int], Placement] = field(default_factory=dict)
-    rooms: dict[object, Capacity] = field(default_factory=dict)
+    capacities: dict[object, Capacity] = field(default_factory=dict)
 
 
 class Screen:
@@ -232,7 +232,7 @@ class Screen:
         for number, each in enumerate(structures):
             if each.sized is None:
                 advance(len(each.candidates))
-                screened += [TooLarge(candidate, each.room) for candidate in each.candidates]
+                screened += [TooLarge(candidate, each.capacity) for candidate in each.candidates]
             else:
                 screened += found[number]
         return screened
@@ -242,27 +242,27 @@ class Screen:
         slots = self._slots(layout.ep, options.num_redundant_experts)
         workload, form = request.workload, options.dispatch
         prefill_tokens = prefill_step_tokens(workload, layout, request.setting.step_tokens)
-        room = self._room(layout, slots, num_drafts, prefill_tokens)
+        capacity = self._capacity(layout, slots, num_drafts, prefill_tokens)
         wanted = -(-workload.num_sequences // (layout.replicas * layout.dp))
-        num_seqs = _numbers_up_to(min(room.max_seqs, wanted))
+        num_seqs = _numbers_up_to(min(capacity.max_seqs, wanted))
         if not len(num_seqs):
-            return _Structure(candidates, room, None)
+            return _Structure(candidates, capacity, None)
         assert form != "auto", "candidates name their form"
         mesh = StageMesh.of(layout, 0, 0, self._profile.ranks_per_node)
         fan_out = self._fan_out(mesh, options)
         shape = Shape(mesh, fan_out, form, options.payload)
-        prompt_len = self._computed_prompt_len(room)
+        prompt_len = self._computed_prompt_len(capacity)
         sized = StepInputs(layout, (shared.add(shape), shape), num_seqs, prefill_tokens, prompt_len)
-        return _Structure(candidates, room, sized)
+        return _Structure(candidates, capacity, sized)
 
-    def _computed_prompt_len(self, room: Capacity) -> int:
+    def _computed_prompt_len(self, capacity: Capacity) -> int:
         """Mean tokens of a prompt that are computed, cached prefixes left out."""
         workload, prefixes = self._request.workload, self._request.prefixes
         if not prefixes.num:
             return workload.prompt_len
         length = workload.prompt_len if self._are_pools else workload.max_len
         of_each = length / prefixes.block_size - prefixes.num_blocks
-        found = prefixes.found_share(room.num_blocks, of_each)
+        found = prefixes.found_share(capacity.num_blocks, of_each)
         return max(workload.prompt_len - round(found * prefixes.num_tokens), 1)
 
     def _slots(self, ep: int, num_redundant: int) -> Placement:
@@ -271,11 +271,14 @@ class Screen:
             known[key] = Placement.linear(self._request.model.num_experts, ep, num_redundant)
         return known[key]
 
-    def _room(
+    def _capacity(
         self, layout: Layout, slots: Placement, num_drafts: int, prefill_tokens: int
     ) -> Capacity:
         """Capacity of a layout, from one replica, as all are alike."""
-        known, sizes = self._known.rooms, (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp)
+        known, sizes = (
+            self._known.capacities,
+            (layout.pp, layout.dp, layout.tp, layout.ep, layout.dcp),
+        )
         prefixes = NOTHING_SHARED if self._are_pools else self._request.prefixes
         key = *sizes, slots.num_slots, num_drafts, prefill_tokens, prefixes
         if key not in known:
@@ -343,7 +346,7 @@ class Screen:
         curves = {how: _Curves(many, how, self._request) for how in many.hows}
         return [
             [
-                curves[Pipelining.of(candidate.options)].option(candidate, number, each.room)
+                curves[Pipelining.of(candidate.options)].option(candidate, number, each.capacity)
                 for candidate in each.candidates
             ]
             for number, each in enumerate(structures)
@@ -381,7 +384,7 @@ class _Curves:
             for place, best in zip(first.tolist(), most.tolist(), strict=True)
         ]
 
-    def option(self, candidate: Candidate, number: int, room: Capacity) -> ScreenedCandidate:
+    def option(self, candidate: Candidate, number: int, capacity: Capacity) -> ScreenedCandidate:
         """The screened candidate of a structure."""
         at = slice(self._ends[number - 1] if number else 0, self._ends[number])
         num_seqs = self._num_seqs[at]
@@ -399,7 +402,7 @@ class _Curves:
         served = ThroughputCurve(
             num_seqs, self._tps[:, at], self._tpot_s[:, at], self._ttft_s[:, at]
         )
-        return ScreenedCandidate(candidate, room, steps, served, self._places[number])
+        return ScreenedCandidate(candidate, capacity, steps, served, self._places[number])
 
 
 def _numbers_up_to(most: int) -> Ints:

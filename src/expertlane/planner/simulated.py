@@ -1,8 +1,8 @@
 """The few best deployments, simulated request by request; screening only says which those are.
 
 Static formulas take the requests of all ranks to be alike. Served one by one, prompts meet decodes,
-and data-parallel ranks wait for each other: here a scheduler plans every step. A short stretch
-finds the number of sequences within the limits; what is told of a deployment is the steady state
+and data-parallel ranks wait for each other: here a scheduler plans every step. A short window
+finds the number of sequences within the limits; what is shown of a deployment is the steady state
 that `simulate` gives too.
 """
 
@@ -38,10 +38,10 @@ from expertlane.spec.layout import Layout
 from expertlane.spec.workload import Load
 
 NUM_SIMULATED = 12  # options
-_NUM_TOLD = 5  # options that are shown, the best with EP, without, and of each engine among them
+_NUM_SHOWN = 5  # options that are shown, the best with EP, without, and of each engine among them
 # Gains in tokens/s that are worth another trial: of the best, of others that are shown, and while
 # searching.
-_GAIN, _TOLD_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
+_GAIN, _SHOWN_GAIN, _SOUGHT_GAIN = 0.005, 0.05, 0.1
 _MOST_OF_LAYOUT = 2
 _LEAST_SHARE = 0.5  # of the most tokens/s: options below this share get no trial and no row
 _MOST_RANKS = 1024  # ranks of a replica: a step counts what each pair of a stage's ranks exchanges
@@ -318,16 +318,16 @@ def simulated_pool(
     run = partial(simulate, request=request)
     groups = _groups_of(request) if with_families else []
     found = Race(options, request, run, advance, groups=groups).result()
-    first = _told(found.able, groups) if with_families else list(found.able[:2])
+    first = _to_show(found.able, groups) if with_families else list(found.able[:2])
     if not found.able:
         first = _nearest(nearest_simulated(options, request, run), request.goals)
-    told, missed = in_full(request, run, first)
-    if not told:
+    shown, missed = in_full(request, run, first)
+    if not shown:
         if not missed:
             raise UserError(too_many_ranks(request))
         least = min(missed, key=lambda each: each.breach(request.goals))
         raise UserError(search.missed(least.option, least.served))
-    finalists = [search.finish(each.option).simulated(each.served) for each in told]
+    finalists = [search.finish(each.option).simulated(each.served) for each in shown]
     num_too_large = sum(isinstance(each, TooLarge) for each in screened)
     num_simulated = found.num_simulated
     return OnePool(options, finalists, len(screened), num_too_large, num_simulated, found.num_open)
@@ -380,13 +380,13 @@ def _nearest(near: Sequence[Trials], goals: Goals) -> list[Trials]:
     return kept or [near[place] for place in np.argsort(breaches)[:1]]
 
 
-def _told(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
+def _to_show(able: Sequence[Trials], groups: Sequence[Group]) -> list[Trials]:
     """Trials to show: the best of each group, and the best of all that are not far behind."""
     best = [next((e for e in able if group(e.option.candidate)), None) for group in groups]
     least = _LEAST_SHARE * able[0].ahead(_SOUGHT_GAIN)[1] if able else 0.0
-    told = [each for each in able if each in best]
-    others = [e for e in able if e not in told and e.ahead(_SOUGHT_GAIN)[1] >= least]
-    return told + others[: max(_NUM_TOLD - len(told), 0)]
+    shown = [each for each in able if each in best]
+    others = [e for e in able if e not in shown and e.ahead(_SOUGHT_GAIN)[1] >= least]
+    return shown + others[: max(_NUM_SHOWN - len(shown), 0)]
 
 
 def in_full(
@@ -398,7 +398,7 @@ def in_full(
     """
     all_trials = [each.again(USUAL) for each in found]
     for trials in all_trials:
-        trials.settle(_TOLD_GAIN)
+        trials.settle(_SHOWN_GAIN)
     while all_trials:
         ahead = [each.ahead(_GAIN, boldly=True) for each in all_trials]
         place = max(range(len(ahead)), key=lambda place: ahead[place][1])

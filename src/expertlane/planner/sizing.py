@@ -157,8 +157,10 @@ class _Sizing:
         load, found = f"all {self._wanted:,} requests at once", f"{_amount(served):,}"
         if rate is not None:
             load, found = f"{rate:g} requests/s", f"at most {_amount(served):,.1f}"
-        told = f": {why}" if isinstance(why, UserError) else f", which serve {found}"
-        return f"no cluster of up to {most:,} {profile.name} serves {load} within the limits{told}"
+        reason = f": {why}" if isinstance(why, UserError) else f", which serve {found}"
+        return (
+            f"no cluster of up to {most:,} {profile.name} serves {load} within the limits{reason}"
+        )
 
 
 def _amount(served: ServedLoad) -> float:

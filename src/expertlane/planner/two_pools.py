@@ -104,7 +104,7 @@ class TwoPoolSearch:
         self._found: dict[int, list[_Pair]] = {}
         self._simulated: dict[object, ThroughputCurve | None] = {}
         self._prefill_rates: PrefillRates = {}
-        self._told: dict[object, TwoPools] = {}
+        self._known_in_full: dict[object, TwoPools] = {}
 
     @property
     def num_splits(self) -> int:
@@ -268,14 +268,14 @@ class TwoPoolSearch:
                 kept.append((tps, pair))
             elif (fewer := self._with_fewer(pair, served)) is not None:
                 waiting.append(fewer)
-        told: list[TwoPools] = []
+        in_full: list[TwoPools] = []
         for _, pair in sorted(kept, key=lambda each: -each[0]):
             served = self._simulated_pair(pair, apart=False)
             if served is not None and served.breach(self._request.goals)[0] <= KEPT:
-                told.append(self._in_full(pair, served))
-                if is_served(told[-1].at_rate):
-                    return told[-1]
-        return told[0] if told else why
+                in_full.append(self._in_full(pair, served))
+                if is_served(in_full[-1].at_rate):
+                    return in_full[-1]
+        return in_full[0] if in_full else why
 
     def _with_fewer(self, pair: _Pair, served: ThroughputCurve) -> _Pair | None:
         """The pair with as many sequences as its decode pool may have within the limit of TPOT.
@@ -317,8 +317,8 @@ class TwoPoolSearch:
     def _in_full(self, pair: _Pair, simulated: ThroughputCurve) -> TwoPools:
         """A simulated pair with both pools projected in full."""
         key = pair.prefill.candidate, pair.decode.candidate, pair.decode.num_seqs
-        if key in self._told:
-            return self._told[key]
+        if key in self._known_in_full:
+            return self._known_in_full[key]
         prefill, decode = (
             self._searches[size].finish(option, [phase])
             for size, option, phase in zip(
@@ -330,8 +330,8 @@ class TwoPoolSearch:
         if self._request.rate is not None:
             at_rate = serve_at_rate(self._request, pair.decode, pair.prefill)
         served = decode.with_skew(simulated)
-        told = self._told[key] = TwoPools(prefill, decode, transfer_s, served, at_rate)
-        return told
+        in_full = self._known_in_full[key] = TwoPools(prefill, decode, transfer_s, served, at_rate)
+        return in_full
 
     def _transfer_s(self, prefill: Layout, decode: Layout) -> Floats:
         """[3]; seconds of a prompt's KV transfer."""

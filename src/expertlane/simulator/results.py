@@ -141,7 +141,7 @@ def _with_places(record: ServingRecord, outcome: Outcome) -> ServingRecord:
 
 
 def steady_record(record: ServingRecord, outcome: Outcome, load: Load) -> ServingRecord:
-    """A stretch's record, with the rates and means of the load itself."""
+    """A window's record, with the rates and means of the load itself."""
     rates = outcome.rates
     assert rates is not None, "of a steady state"
     prompt, output = load.mean_lens

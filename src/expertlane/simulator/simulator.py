@@ -224,7 +224,7 @@ class Rates:
     Attributes:
         requests_per_s, output_tps: rates of all requests together.
         ttft_s, tpot_s: means over requests; no TTFT where the queue grows without end.
-        error: half of the 90 % interval of tokens a second that the stretch leaves, over them.
+        error: half of the 90 % interval of tokens a second that the window leaves, over them.
         num_decoding, num_waiting: likely requests past their first token, and before it.
     """
 
@@ -249,7 +249,7 @@ class Rates:
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """A served load, or a stretch of one.
+    """A served load, or a window of one.
 
     Attributes:
         served: [num_requests]; with multi-token prediction, a step may give several tokens.

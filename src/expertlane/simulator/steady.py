@@ -38,7 +38,7 @@ PrefillRates = dict[tuple[Layout, Options], tuple[float, float]]
 
 @dataclass(eq=False)
 class SteadyRequest(ServedRequest[Floats]):
-    """A request whose first token came in the stretch, which it may outlast.
+    """A request whose first token came in the window, which it may outlast.
 
     Attributes:
         pace_s: [3]; the mean time of its tokens after the first.
@@ -59,7 +59,7 @@ class SteadyRequest(ServedRequest[Floats]):
 
 @dataclass(frozen=True, eq=False)
 class SteadyState(Outcome):
-    """A stretch of a load, with the load's rates."""
+    """A window of a load, with the load's rates."""
 
     rates: Rates
 
@@ -86,8 +86,8 @@ def steady_state(
         advance: called with a number of steps of `precision.most_steps` that are done.
     """
     part, factor = _part_of(simulator)
-    stretch = _SteadyWindow(part, seed, precision, known)
-    found = stretch.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
+    window = _SteadyWindow(part, seed, precision, known)
+    found = window.run(with_skew=with_skew, with_totals=with_totals, advance=advance)
     if part is simulator:
         return found
     num_parts = simulator.setup.num_parts
@@ -179,7 +179,7 @@ class _SteadyWindow:
     def run(
         self, *, with_skew: bool, with_totals: bool, advance: Callable[[int], None]
     ) -> SteadyState:
-        """Serve the stretch and summarise it."""
+        """Serve the window and summarise it."""
         num_running = self._num_running()
         watch = Watch(
             self._precision,
@@ -455,22 +455,22 @@ class _SteadyWindow:
         mean_output = self._load.mean_lens[1]
         was_calm = not any(each.pool.scheduler.num_preemptions for each in pools)
         share = self._prompt_share(served[watch.num_running :]) if was_calm else None
-        stretch = watch.stretch(share)
+        window = watch.window(share)
         steps_of_bounds = 1 + (mean_output - 1) / self._multi_token.tokens_bounds
         factors = spread * steps_of_bounds / steps_of_bounds[LIKELY]
-        seconds = stretch.seconds * factors
-        requests_per_s = stretch.num_tokens / self._decodes / seconds
+        seconds = window.seconds * factors
+        requests_per_s = window.num_tokens / self._decodes / seconds
         if self._batch is not None:
             self._queue(served[watch.num_running : self._batch], requests_per_s)
-        stretch_s = watch.end_s - watch.begin_s
-        num_waiting = watch.waited_s(served) / stretch_s
+        window_s = watch.end_s - watch.begin_s
+        num_waiting = watch.waited_s(served) / window_s
         further = max(mean_output - 1, 1e-9)
         if self._draws.is_shifted and self._batch == watch.num_running:
             # More first tokens came than usually: their share is known by Little's law.
             first = [each for each in served[watch.num_running :] if watch.has_in(each)]
             ttft_s = np.mean([each.ttft_s for each in first], axis=0)
             if len(pools) > 1:
-                pace_s = (self._batch - num_waiting) * stretch_s * factors / stretch.num_tokens
+                pace_s = (self._batch - num_waiting) * window_s * factors / window.num_tokens
                 requests_per_s = self._batch / (ttft_s + self._decodes * pace_s)
             num_waiting = requests_per_s * ttft_s
         if self._batch is None:
@@ -488,7 +488,7 @@ class _SteadyWindow:
             output_tps=requests_per_s * mean_output,
             ttft_s=None if is_overloaded else np.mean([each.ttft_s for each in sample], axis=0),
             tpot_s=tpot_s,
-            error=stretch.error,
+            error=window.error,
             num_decoding=float(num_decoding[LIKELY]),
             num_waiting=max(float((num_waiting - requests_per_s * arrival_s)[LIKELY]), 0.0),
         )
@@ -502,7 +502,7 @@ class _SteadyWindow:
     def _sampled(
         self, served: Sequence[ServedRequest[Floats]], watch: Watch, tpot_s: Floats
     ) -> list[SteadyRequest]:
-        """Requests whose first token came in the stretch; ones seen too briefly get another's pace.
+        """Requests whose first token came in the window; ones seen too briefly get another's pace.
 
         Args:
             tpot_s: [3]; mean TPOT of the load, which paces are scaled to.

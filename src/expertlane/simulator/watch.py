@@ -1,8 +1,8 @@
-"""A stretch of a steady state: its requests, its length, its tokens, and its corrected time.
+"""A window of a steady state: its requests, its length, its tokens, and its corrected time.
 
-A stretch has some prompts more or less than its share, each of which takes time. What the share is
+A window has some prompts more or less than its share, each of which takes time. What the share is
 follows from the load, so the surplus is a control variate (Law and Kelton, Simulation Modeling and
-Analysis, section 11.4): its effect on the time, by regression over parts of the stretch, is taken
+Analysis, section 11.4): its effect on the time, by regression over parts of the window, is taken
 out.
 """
 
@@ -24,9 +24,9 @@ from expertlane.simulator.pools import Pool
 from expertlane.spec.workload import SLO, Load, SharedPrefixes, TimedRequest
 
 _SETTLING_STEPS = 8
-_SETTLING_SHARE = 0.1  # of the steps that a stretch has at least
+_SETTLING_SHARE = 0.1  # of the steps that a window has at least
 _FEW_STEPS, _FEWEST_ROUNDS = 2, 8  # usual steps of a round; least number of longer rounds
-_NUM_PARTS = 20  # parts of a stretch, for its regression
+_NUM_PARTS = 20  # parts of a window, for its regression
 STRATUM = 24  # steps
 _MOST_STEPS = 4_000  # where many first tokens are asked for
 _FEWEST_PARTS = 5  # for a regression
@@ -34,7 +34,7 @@ _FEWEST_PARTS = 5  # for a regression
 
 @dataclass(frozen=True)
 class Precision:
-    """Precision wanted of a stretch, and limits of its length.
+    """Precision wanted of a window, and limits of its length.
 
     Attributes:
         least_steps, most_steps: steps of the decode pool.
@@ -69,12 +69,12 @@ class Precision:
 
     @property
     def settling_steps(self) -> int:
-        """Steps before the stretch."""
+        """Steps before the window."""
         return max(_SETTLING_STEPS, round(_SETTLING_SHARE * self.least_steps))
 
     @property
     def last_step(self) -> int:
-        """The first step at which a stretch may end."""
+        """The first step at which a window may end."""
         return self.settling_steps + self.least_steps
 
     @property
@@ -97,7 +97,7 @@ class _StepFacts(NamedTuple):
 
 
 class _WindowTotals(NamedTuple):
-    """A stretch corrected for its surplus of prompts: seconds [3], tokens, and the error."""
+    """A window corrected for its surplus of prompts: seconds [3], tokens, and the error."""
 
     seconds: Floats
     num_tokens: float
@@ -119,7 +119,7 @@ class Watch:
     ) -> None:
         self._prompt_share, self._is_open = prompt_share, is_open
         self.num_running = num_running
-        self._advance, self._num_told = advance, 0
+        self._advance, self._num_reported = advance, 0
         self._steps_of_round = steps_of_round
         self.decode: Pool | None = None
         self.begin_s = self.end_s = np.zeros(len(BOUNDS))
@@ -151,8 +151,8 @@ class Watch:
         if num < self._precision.least_steps or num < self._num_checked:
             return False
         self._num_checked = num + max(num // 8, 1)
-        self._advance(num - self._num_told)
-        self._num_told = num
+        self._advance(num - self._num_reported)
+        self._num_reported = num
         self.end_s = self._ended(num_done)[-1].end_s
         num_first = sum(map(self.has_in, served[self.num_running :]))
         if num_first < (1 if num < _MOST_STEPS else 0):
@@ -164,19 +164,19 @@ class Watch:
         if self._is_open or num >= USUAL.most_steps:
             return True
         share = self._prompt_share(served[self.num_running :])
-        return self.stretch(share).error <= self._precision.share
+        return self.window(share).error <= self._precision.share
 
     def _ended(self, num: int) -> list[_StepFacts]:
         """The first `num` steps, in the order in which they end."""
         return sorted(self._steps, key=lambda step: float(step.end_s[LIKELY]))[:num]
 
     def has_in(self, request: ServedRequest[Floats]) -> bool:
-        """True if a request has its first token in the stretch."""
+        """True if a request has its first token in the window."""
         times = request.token_times_s
         return bool(times) and self.begin_s[LIKELY] < times[0][LIKELY] <= self.end_s[LIKELY]
 
     def waited_s(self, served: Sequence[ServedRequest[Floats]]) -> Floats:
-        """[3]; seconds that all requests waited for first tokens within the stretch."""
+        """[3]; seconds that all requests waited for first tokens within the window."""
         waited = np.zeros(len(BOUNDS))
         for each in served[self.num_running :]:
             until = each.token_times_s[0] if each.token_times_s else self.end_s
@@ -201,8 +201,8 @@ class Watch:
         """The most steps that a request had a token in."""
         return max((len(each.token_times_s) for each in served), default=0)
 
-    def stretch(self, prompt_share: float | None) -> _WindowTotals:
-        """The stretch with as many tokens of prompts as it should have.
+    def window(self, prompt_share: float | None) -> _WindowTotals:
+        """The window with as many tokens of prompts as it should have.
 
         Args:
             prompt_share: computed prompt tokens per token given, in the steady state; None if
@@ -235,17 +235,17 @@ class Watch:
         return _WindowTotals(whole_s, float(tokens.sum()), error)
 
 
-_FEWEST_FIRST = 4  # first tokens of a stretch, where so many are under way
+_FEWEST_FIRST = 4  # first tokens of a window, where so many are under way
 _OF_PROMPTS = 2  # tells draws of prompts from others of the same seed
 
 
 class Draws:
-    """Draws the requests of a stretch.
+    """Draws the requests of a window.
 
     Attributes:
         rng: random numbers for all but prompts.
         lengths, prompts: drawn for the load's requests.
-        is_shifted: so few requests are under way that some are made to end in the stretch.
+        is_shifted: so few requests are under way that some are made to end in the window.
     """
 
     def __init__(

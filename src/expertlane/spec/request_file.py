@@ -54,7 +54,7 @@ def read_requests(path: Path, num_requests: int | None = None) -> tuple[Recorded
             if len(bad) > _MOST_NAMED:
                 break
     if bad:
-        raise SpecError(f"{path}: {_told(bad)}")
+        raise SpecError(f"{path}: {_named(bad)}")
     if len(found) < (num_requests or 1):
         wanted = "" if num_requests is None else f"; --num-requests is {num_requests:,}"
         raise UserError(f"{path} has {len(found):,} requests{wanted}")
@@ -81,7 +81,7 @@ def _parsed(path: Path) -> Iterator[tuple[int, str, _Parse]]:
         yield number, text, parse
 
 
-def _told(bad: list[tuple[int, str]]) -> str:
+def _named(bad: list[tuple[int, str]]) -> str:
     (number, what), *others = bad
     named = ", ".join(str(each) for each, _ in others[: _MOST_NAMED - 1])
     more = " and perhaps more" if len(others) >= _MOST_NAMED else ""

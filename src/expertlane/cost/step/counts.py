@@ -158,7 +158,7 @@ class DispatchCounts:
         rows, pairs: rows sent within `ep` groups, and their pairs.
         rows_arriving, pairs_arriving: rows and pairs received within the rank's `ep` group, before
             they are gathered over `etp`.
-        room_arriving: rows received if every rank of the group sent it all of its tokens.
+        capacity_arriving: rows received if every rank of the group sent it all of its tokens.
         rows_computed, pairs_computed: rows and pairs that the rank's experts compute.
         active_experts: experts of the rank with at least one pair.
         by_node: None unless the form is hierarchical.
@@ -170,7 +170,7 @@ class DispatchCounts:
     pairs: Exchange
     rows_arriving: Amounts
     pairs_arriving: Amounts
-    room_arriving: Amounts
+    capacity_arriving: Amounts
     rows_computed: Amounts
     pairs_computed: Amounts
     active_experts: Amounts
@@ -247,7 +247,7 @@ def count_dispatch(
         pairs=pairs_to[:, mesh.ep_rank],
         rows_arriving=_arriving(rows_to, mesh),
         pairs_arriving=_arriving(pairs_to, mesh),
-        room_arriving=owned.reshape(ep, -1).sum(axis=0)[mesh.etp_rank],
+        capacity_arriving=owned.reshape(ep, -1).sum(axis=0)[mesh.etp_rank],
         rows_computed=rows_to.sum(axis=0)[mesh.ep_rank],
         pairs_computed=pairs_of_ep_rank[mesh.ep_rank],
         active_experts=np.count_nonzero(per_expert, axis=1)[mesh.ep_rank],

@@ -273,7 +273,7 @@ def _counts(
         pairs=sent(fan_out.pairs),
         rows_arriving=rows_arriving,
         pairs_arriving=pairs_arriving,
-        room_arriving=np.maximum(part.stage_tokens / layout.etp, rows_arriving),
+        capacity_arriving=np.maximum(part.stage_tokens / layout.etp, rows_arriving),
         rows_computed=rows,
         pairs_computed=pairs,
         active_experts=active,

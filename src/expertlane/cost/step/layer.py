@@ -107,7 +107,7 @@ class ExpertSteps:
         self._payload = payload
         self._row_bytes = model.expert_hidden_size * out.types.activation_bytes
 
-    def put_down(self) -> None:
+    def write(self) -> None:
         """Write all steps, the sum on the tokens' own rank last."""
         match self._form:
             case None:
@@ -225,18 +225,20 @@ class ExpertSteps:
         out, counts, owned, kernels = self._out, self._counts, self._owned, self._kernels
         ep, values = self._layout.ep, self._payload.values
         metadata = self._top_k * (_ID_BYTES + _WEIGHT_BYTES) + self._payload.scales
-        to_each, arriving = out.to_all("ep", owned), counts.room_arriving
+        to_each, arriving = out.to_all("ep", owned), counts.capacity_arriving
         self._bookkeeping(owned, kernels.choose + kernels.by_peer)
         self._pack(owned * ep, metadata)
-        out.all_to_all(Stage.DISPATCH, "ep", counts.rows, values, metadata, room=to_each)
-        out.all_gather(Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata, room=arriving)
+        out.all_to_all(Stage.DISPATCH, "ep", counts.rows, values, metadata, capacity=to_each)
+        out.all_gather(
+            Stage.DISPATCH, "etp", counts.rows_arriving, values, metadata, capacity=arriving
+        )
         self._arrive(counts.stage_tokens)
         self.experts()
         self._sum(counts.pairs_computed, counts.stage_tokens, self._top_k, is_last=False)
         out.reduce_scatter(
-            Stage.COMBINE, "etp", counts.rows_arriving, self._row_bytes, room=arriving
+            Stage.COMBINE, "etp", counts.rows_arriving, self._row_bytes, capacity=arriving
         )
-        out.all_to_all(Stage.COMBINE, "ep", counts.rows.T, self._row_bytes, room=to_each.T)
+        out.all_to_all(Stage.COMBINE, "ep", counts.rows.T, self._row_bytes, capacity=to_each.T)
         self._sum(counts.rows_sent, owned, ep, is_last=True)
 
     def _exchange_counts(self, num: int) -> None:
@@ -358,7 +360,7 @@ def expert_steps(
     if latent is not None:
         out.gemm(Stage.EXPERTS, tokens, latent, model.hidden_size)
     width = PayloadBytes.of(payload, out.types.activation_bytes, model.expert_hidden_size)
-    ExpertSteps(out, model, part, counts, width).put_down()
+    ExpertSteps(out, model, part, counts, width).write()
     if latent is not None:
         out.gemm(Stage.EXPERTS, tokens, model.hidden_size, latent)
 

@@ -343,17 +343,17 @@ class StepWriter(ABC):
         payload: Ints | int,
         metadata: Ints | int = 0,
         *,
-        room: Amounts | None = None,
+        capacity: Amounts | None = None,
         num_steps_before_wait: int = 0,
     ) -> None:
         """Every rank sends its `rows` [A] to all of its group.
 
         Args:
             payload, metadata: bytes of a row; [A] or one number.
-            room: rows [A] that are sent, of which those beyond `rows` are padding.
+            capacity: rows [A] that are sent, of which those beyond `rows` are padding.
         """
         kind, to_all = TransferKind.ALL_GATHER, self.to_all(axis, rows)
-        padding = None if room is None else self.to_all(axis, room - rows)
+        padding = None if capacity is None else self.to_all(axis, capacity - rows)
         self._transfer(
             *(kind, stage, axis, to_all, payload, metadata, num_steps_before_wait), padding=padding
         )
@@ -365,11 +365,15 @@ class StepWriter(ABC):
         rows: Amounts,
         payload: int,
         *,
-        room: Amounts | None = None,
+        capacity: Amounts | None = None,
     ) -> None:
-        """Every rank gets the sum of its `rows` [A] over its group; `room` as for `all_gather`."""
+        """Every rank gets the sum of its `rows` [A] over its group.
+
+        Args:
+            capacity: as for `all_gather`.
+        """
         from_all = self.to_all(axis, rows).T
-        padding = None if room is None else self.to_all(axis, room - rows).T
+        padding = None if capacity is None else self.to_all(axis, capacity - rows).T
         kind = TransferKind.REDUCE_SCATTER
         self._transfer(kind, stage, axis, from_all, payload, padding=padding)
 
@@ -396,16 +400,16 @@ class StepWriter(ABC):
         payload: int,
         metadata: int = 0,
         *,
-        room: Exchange | None = None,
+        capacity: Exchange | None = None,
         tells_counts: bool = False,
     ) -> None:
         """Every rank sends rows of its own to each of its group.
 
         Args:
-            room: rows that are sent; those beyond `rows` are padding.
+            capacity: rows that are sent; those beyond `rows` are padding.
             tells_counts: the host learns numbers of rows from it, and waits for them.
         """
-        padding = None if room is None else _beyond(room, rows)
+        padding = None if capacity is None else _beyond(capacity, rows)
         self._transfer(
             *(TransferKind.ALL_TO_ALL, stage, axis, rows, payload, metadata),
             tells_counts=tells_counts,
@@ -514,14 +518,14 @@ def _both_ways(rows: Exchange) -> Exchange:
     return rows + rows.T
 
 
-def _beyond(room: Exchange, rows: Exchange) -> Exchange:
-    """Padding: room beyond the rows, 0 where the busiest rank is expected to have more."""
-    if isinstance(room, RowsByLink):
+def _beyond(capacity: Exchange, rows: Exchange) -> Exchange:
+    """Padding: capacity beyond the rows, 0 where the busiest rank is expected to have more."""
+    if isinstance(capacity, RowsByLink):
         assert isinstance(rows, RowsByLink), "of one rank, as the other"
-        near, far = room.near - rows.near, room.far - rows.far
+        near, far = capacity.near - rows.near, capacity.far - rows.far
         return RowsByLink(np.maximum(near, 0), np.maximum(far, 0))
     assert not isinstance(rows, RowsByLink), "of all ranks, as the other"
-    return room - rows
+    return capacity - rows
 
 
 def _floats(size: Amounts | int) -> Floats | float:
