@@ -24,7 +24,7 @@ if [[ $# -lt 2 || ("$1" == serve && -z "${EXPERTLANE_API_KEY:-}") ]]; then
     exit 2
 fi
 command="$1" what="$2"
-shift 2 # what follows goes to expertlane: --layout, --traffic, --timeout-s 300, …
+shift 2 # what follows goes to expertlane: --layout, --timeout-s 300, …
 
 read -r first_node < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port="${PORT:-29500}"

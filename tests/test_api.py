@@ -114,7 +114,7 @@ def test_results_show_themselves(tmp_path):
     assert "--full" not in results.answer
     assert results.page.html.startswith("<!doctype html>")
     assert results.page._repr_html_().startswith('<iframe sandbox="allow-scripts" srcdoc="')
-    assert "<table>" in results._repr_html_()
+    assert "<pre>" in results._repr_html_()
     assert results.command == (
         "expertlane.simulate(model='paper-tiny', layout='dp=2,ep=2', cluster='h100x2', batch='4', "
         "prompt_len='8', output_len='8')"
@@ -217,7 +217,7 @@ def test_differences(tmp_path):
     assert between.names == (str(tmp_path), "B")
     assert between.regressions
     assert between.headline in " ".join(between.answer.split())
-    assert "<table>" in between._repr_html_()
+    assert between._repr_html_().startswith("<pre>A: ")
     with pytest.raises(SpecError, match="threshold is -1"):
         expertlane.diff(results, results, threshold=-1)
     with pytest.raises(UserError, match="cannot read"):

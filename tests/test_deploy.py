@@ -76,8 +76,8 @@ def test_the_slurm_script_starts_a_task_a_node(tmp_path: Path) -> None:
         "--nnodes 2 --nproc-per-node 1 --node-rank {} --max-restarts {} --master-addr first "
         "--master-port 29500"
     )
-    compared = "compare paper --out results/slurm-7 --traffic"
-    assert run("compare", "paper", "--traffic").stdout.splitlines() == [
+    compared = "compare paper --out results/slurm-7 --resume"
+    assert run("compare", "paper", "--resume").stdout.splitlines() == [
         f"{torchrun.format(node, 0)} -m expertlane {compared}" for node in range(2)
     ]
     around["EXPERTLANE_API_KEY"] = "k"

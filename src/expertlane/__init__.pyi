@@ -80,7 +80,6 @@ def compare(
     repeat: int = 7,
     min_time: float = 0.0,
     resume: bool = False,
-    traffic: bool = False,
     trace: bool = False,
     dtype: Literal['float32', 'bfloat16', 'float16'] | None = None,
     batch: Text | None = None,
@@ -145,8 +144,6 @@ def compare(
         min_time: Measure each of those deployments for at least this long.
         resume: Go on with a comparison that was interrupted: what it measured is kept in the
             folder of its results until it is complete.
-        traffic: Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks
-            and experts, and the straggler.
         trace: Also write trace-NAME.json: what every rank does when, in one prefill and one
             decode step, for ui.perfetto.dev or chrome://tracing. In virtual time:
             trace-NAME-virtual.json too.

@@ -28,9 +28,6 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 class FakeResults(str):
     """Says what was asked of it."""
 
-    def with_traffic(self) -> "FakeResults":
-        return FakeResults(f"{self} with traffic")
-
 
 class FakeComparison:
     """Stands for the ranks, `run_comparison`, and the writers of its results."""

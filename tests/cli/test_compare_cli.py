@@ -47,13 +47,6 @@ def test_the_default_runs_shows_and_writes(comparison, run):
     assert written == "written: " + ", ".join(f"results/paper-small/{name}" for name in names)
 
 
-def test_traffic_is_shown_in_both_forms(comparison, run):
-    code, out, _ = run("compare", "--traffic")
-
-    assert (code, out) == (0, "results with traffic!\n")
-    assert Path("results/paper-small/report.md").read_text() == "# results with traffic ×\n"
-
-
 def test_traces_are_written_if_asked_for(comparison, run):
     code, _, err = run("compare", "--trace")
 

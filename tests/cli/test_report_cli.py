@@ -24,12 +24,6 @@ def test_reports_are_made_again(run, tmp_path, make, monkeypatch):
     assert made[1].read_text(encoding="utf-8").startswith("<!doctype html>")
 
 
-def test_traffic_that_was_asked_for_is_shown_again(run, tmp_path):
-    path = write(example_pages.KINDS["measured"]().with_traffic(), tmp_path)
-    assert run("report", str(path))[0] == 0
-    assert "\n## Traffic of #3 EP 16, decode\n" in path.with_name("report.md").read_text("utf-8")
-
-
 def test_a_folder_another_place_and_json(run, tmp_path):
     write(example_pages.serving(), tmp_path / "kept")
     there = tmp_path / "new" / "place"

@@ -18,7 +18,7 @@ import expertlane
 from expertlane.errors import CapacityError, UserError
 from expertlane.report import html
 from expertlane.report.sections import report_of
-from expertlane.report.shown import answer_html, answer_text
+from expertlane.report.shown import answer_text
 from expertlane.results.file import csv_text, rows_of, to_json
 from expertlane.spec import engine_config
 from expertlane.spec.files import strict_json
@@ -44,7 +44,6 @@ def _complaint(path: Path, right: expertlane.Results, *, draws: bool) -> str | N
     try:
         report = report_of(read)
         assert answer_text(report.answer)
-        assert answer_html(report.answer)
         assert csv_text(rows_of(read))
         if draws:
             assert html.render(report)

@@ -102,8 +102,6 @@ def compare(
           your own experiment; start from experiments/paper-small.toml
       expertlane compare --only 7,8 --repeat 10
           the seventh and the eighth deployment, ten times each in turns
-      expertlane compare --traffic
-          traffic matrix, and which rank, expert and layer are hottest
       expertlane compare --trace
           a Chrome trace of each deployment
       expertlane compare --url tp8=http://a:8000 --url ep16=http://b:8000
@@ -358,8 +356,6 @@ def _measure(
                 )
             if each.projection is not None:
                 results = results.beside(each.projection)
-            if own.traffic:
-                results = results.with_traffic()
             each.is_measured = True
             yield output.Found(
                 results, each.folder, partial(_write_more, results, traces, each.folder, projection)

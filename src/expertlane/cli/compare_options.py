@@ -138,12 +138,6 @@ class CompareOptions:
         help="Go on with a comparison that was interrupted: what it measured is kept in the folder "
         "of its results until it is complete.",
     )
-    traffic: bool = typer.Option(
-        False,
-        rich_help_panel=Panel.MORE_OUTPUT,
-        help="Also show for each deployment: traffic matrix, fan-out of tokens, hottest ranks "
-        "and experts, and the straggler.",
-    )
     trace: bool = TRACE
     dtype: Dtype | None = dtype_option("the machine's choice")
 

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 OWN = "expertlane"
 _SEEDS = 2**31
-_OF_RANKS = frozenset({"--experts-per-token", "--resume", "--traffic", "--trace"})
+_OF_RANKS = frozenset({"--experts-per-token", "--resume", "--trace"})
 _OF_STARTED = ("--engine-python", "--engine-args", "--kv-tokens", "--start-timeout-s")
 
 

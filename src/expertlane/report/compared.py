@@ -47,10 +47,6 @@ class Row:
         """Its name with its number in tables, so that shortened names stay distinct."""
         return f"#{self.number} {self.name}"
 
-    def called(self, part: str) -> "Row":
-        """The row under the name of its role."""
-        return replace(self, record=replace(self.record, name=f"{part}: {self.name}"))
-
     @property
     def tps(self) -> float:
         """The likely TPS, or that of all repetitions together."""

@@ -183,8 +183,6 @@ def _kept(drill: DrillRecord) -> Iterator[tuple[str, str]]:
 def drill_sections(results: Results) -> tuple[Section, ...]:
     """The verdict, the time line, all outcomes, and what was left behind."""
     record, drill = _parts(results)
-    charts = _charts(drill)
-    also = " and lost requests" if drill.num_of(*LOST) else ""
     said = (headline(drill), *drill.why_failed[_MOST_FAILED:], *drill.cautions)
     examples: list[Column[OutcomeRecord]] = [
         text("requests", lambda each: OUTCOMES[each.name]),
@@ -195,9 +193,8 @@ def drill_sections(results: Results) -> tuple[Section, ...]:
         for each in drill.left
     ]
     return (
-        Section("Over time", charts[:2], "first", "answer"),
+        Section("Over time", _charts(drill), "first", "answer"),
         Section("", (*said, _outcomes(drill), _facts(drill)), chapter="answer"),
-        Section(f"First tokens{also}", charts[2:], "plots", "answer"),
         Section(
             "What was wrong",
             (Table.of("", examples, [each for each in drill.outcomes if each.example]),)
@@ -233,7 +230,6 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         "tokens/s",
         [*zip(line.begins_s, line.tps, strict=True)],
         line.bin_s,
-        kind="line",
         colour_name="--sky",
         moment=moment,
         level=drill.full_tps,
@@ -241,41 +237,17 @@ def _charts(drill: DrillRecord) -> tuple[Chart, ...]:
         looks=looks,
         note=note,
     )
-    num, shown = drill.num_of(*LOST), sum(line.num_errors)
-    errors = over_time_chart(
-        f"{counted(num, 'request')} lost" + (f", {shown:,} while it was watched" * (shown < num)),
-        "lost requests",
-        [(at, float(each)) for at, each in zip(line.begins_s, line.num_errors, strict=True)],
-        line.bin_s,
-        kind="bar",
-        colour_name="--brick",
-        moment=moment,
-    )
     scale, unit = (1.0, "s") if max(line.pause_s, default=0.0) >= 1 else (_MS, "ms")
     latency = over_time_chart(
         f"The longest wait for a token is {duration(drill.pause_s)}",
         f"longest wait, {unit}",
         [(at, scale * each) for at, each in zip(line.begins_s, line.pause_s, strict=True)],
         line.bin_s,
-        kind="line",
         colour_name="--purple",
         moment=moment,
         note="Of all requests: the longest wait for a next token until then.",
     )
-    first_token = over_time_chart(
-        "Time to the first token",
-        "TTFT, ms",
-        [
-            (at, None if each is None else _MS * each)
-            for at, each in zip(line.begins_s, line.ttft_s, strict=True)
-        ],
-        line.bin_s,
-        kind="dash",
-        colour_name="--sky",
-        moment=moment,
-        note="Median of the requests sent then; none where none of them got a token.",
-    )
-    return (rate, latency, first_token, *([errors] if num else []))
+    return rate, latency
 
 
 def _strips(drill: DrillRecord) -> list[Strip]:

@@ -15,7 +15,7 @@ from expertlane.report.charts.bars import (
 )
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.pareto import Dot, Role, pareto_chart
-from expertlane.report.charts.squares import alike, fan_out_chart, load_chart, traffic_charts
+from expertlane.report.charts.squares import alike, load_chart, traffic_charts
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.compared import Comparison, Row, scaling, step_difference
 from expertlane.report.document import ChapterName, Chart, Plot, Section, Words
@@ -162,7 +162,7 @@ _Loads = Mapping[str, Sequence[Sequence[int]]]
 def experts_and_traffic(
     loads: _Loads, steps: Mapping[Phase, Named], per_node: int, of_what: str = "all steps"
 ) -> list[Words | Plot]:
-    """Load of the experts, traffic between ranks, and fan-out of tokens, each distinct one once."""
+    """Load of the experts and traffic between ranks, each distinct one once."""
     groups = alike(loads)
     if len(groups) == 1 and len(loads) > 1:
         groups = [([f"all {len(loads)} deployments"], groups[0][1])]
@@ -172,8 +172,6 @@ def experts_and_traffic(
         sent = {name: each.sent_bytes.get(Traffic.PAYLOAD.label) for name, each in seen.items()}
         payloads = {name: each for name, each in sent.items() if each}
         parts += traffic_charts(str(phase), payloads, per_node, of_what)
-        fan_outs = {name: each.fan_out for name, each in seen.items() if each.fan_out}
-        parts.append(fan_out_chart(str(phase), fan_outs))
     return [part for part in parts if part is not None]
 
 
@@ -356,7 +354,6 @@ def comparison(results: Results, compared: Comparison) -> tuple[Section, ...]:
         plot_section(f"One step, rank by rank ({where})", by_rank(results, compared, steps)),
         own,
         plot_section(f"Overlap ({where})", _overlap(compared)),
-        plot_section(f"Prompts ({where})", _prefill(compared), "loads"),
         plot_section(f"More ranks ({where})", _sizes(results, compared.source), "loads"),
         plot_section(f"Throughput against latency ({where})", front, "loads"),
     )
@@ -428,23 +425,6 @@ def _step_difference(compared: Comparison, judged: Verdict) -> Chart:
         difference,
         note=f"ms of a {compared.phase} step, mean over ranks.",
     )
-
-
-def _prefill(compared: Comparison) -> list[Chart]:
-    """Prefill throughput of a projection."""
-    if compared.is_run or compared.phase is Phase.PREFILL:
-        return []
-    found = {row.name: step for row in compared.rows if (step := row.record.prefill)}
-    if not found:
-        return []
-    fastest = max(found, key=lambda name: found[name].tps.value)
-    chart = throughput_chart(
-        f"{fastest} prefills fastest: {figures(found[fastest].tps)} tokens/s",
-        "prefill tokens/s",
-        [Bar(name, step.tps) for name, step in found.items()],
-        between="low–high",
-    )
-    return [chart] if chart else []
 
 
 def _overlap(compared: Comparison) -> list[Words | Plot]:

@@ -8,11 +8,7 @@ from expertlane.report.compared import (
     Overlapped,
     Row,
     Size,
-    experts_at_once,
-    experts_per_rank,
-    part_of_expert,
     scaling,
-    stages_at_once,
     step_difference,
     step_of,
     weight_bytes_of_rank,
@@ -26,7 +22,6 @@ from expertlane.report.numbers import (
     low_high_thousands,
     milliseconds,
     percent,
-    span,
     times,
 )
 from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
@@ -34,42 +29,6 @@ from expertlane.results.record import RUN, Source
 from expertlane.results.results import Results
 
 _MOST_NAMED = 2  # causes, in a sentence
-
-
-def parallelism(comparison: Comparison) -> Section:
-    """Experts that compute at the same time, and how many share a rank."""
-    unit, rows = unit_of(comparison.source), comparison.rows
-    of_rows = [(experts_at_once(row.record), row.number) for row in rows]
-    most = max(num for num, _ in of_rows)
-    leaders = ", ".join(f"#{place}" for num, place in of_rows if num == most)
-    columns: tuple[Column[Row], ...] = (
-        *NAMED,
-        number("experts computing at once, per layer", lambda row: experts_at_once(row.record)),
-        number(
-            "in the model", lambda row: experts_at_once(row.record) * stages_at_once(row.record)
-        ),
-        number(
-            "experts with tokens", lambda row: row.step.active_expert_share, percent, "measured"
-        ),
-        number(
-            f"experts per {unit} and layer",
-            lambda row: experts_per_rank(row.record),
-            span,
-            "measured",
-        ),
-        number("part of each", lambda row: part_of_expert(row.record)),
-        number(f"weights read by a {unit}, step", weight_bytes_of_rank, bytes_si),
-    )
-    return Section(
-        _heading(comparison.source, "Experts at once"),
-        (
-            f"Most experts of a layer computing at once, by layout: {most}, with {leaders}.",
-            Table.of("", columns, rows, comparison.source),
-            "Of a layer: ep × replicas; of the model: × pipeline stages that the micro-batches can "
-            "fill. Weights: per decode step of all sequences; each micro-batch, or half of one, "
-            "reads an expert's weights once if it has a token for it.",
-        ),
-    )
 
 
 def _heading(source: Source, words: str) -> str:

@@ -5,13 +5,13 @@ from dataclasses import replace
 
 from expertlane.report import load_plots, plan_answer, planning, plots, servers, serving
 from expertlane.report.answer import comparison_answer
-from expertlane.report.compared import Comparison, Row, projected, run
+from expertlane.report.compared import Comparison, projected, run
 from expertlane.report.compared_servers import servers_answer, servers_sections
 from expertlane.report.document import Answer, Chapter, ChapterName, Report, Section
 from expertlane.report.drilled import drill_answer, drill_sections
 from expertlane.report.loads import NAME_COLUMNS
 from expertlane.report.numbers import shortened
-from expertlane.report.scaling import overlap, parallelism, sizes
+from expertlane.report.scaling import overlap, sizes
 from expertlane.report.setup import assumptions, cautions, setup
 from expertlane.report.speed import (
     bottlenecks,
@@ -20,15 +20,11 @@ from expertlane.report.speed import (
     by_link_speed,
     deployments,
     firmness,
-    gains,
-    in_words,
     memory,
     projected_time,
     rests_on,
-    speed,
 )
 from expertlane.report.traffic import (
-    details,
     experts_and_traffic,
     hot_spots,
     rebalancing,
@@ -198,12 +194,10 @@ def _comparison(results: Results) -> _Made:
 
 def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
     """Sections of a run on real ranks: virtual time if there is any, with wall time beside it."""
-    long_form = results.question.get("traffic", False)
     is_virtual = own is not wall
     return [
         *_of("answer", deployments(own, wall if is_virtual else None)),
         *plots.comparison(results, own),
-        *_of("why", gains(own)),
         *_of("loads", by_link_speed(results, own)),
         *_of(
             "why",
@@ -212,8 +206,6 @@ def _run(results: Results, own: Comparison, wall: Comparison) -> list[Section]:
             work_and_traffic(own),
             hot_spots(own),
             rebalancing(wall),
-            *(details(own, results.measured_on.ranks_per_node) if long_form else ()),
-            parallelism(own),
             overlap(own),
         ),
         *_of("loads", sizes(results, own)),
@@ -237,8 +229,7 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
             verdict_heading,
             (
                 f"Decode steps of {modelled.num_seqs:,} sequences at {modelled.context:,} "
-                f"tokens of context, {types}; likely values and bounds:",
-                speed(modelled, _cast(modelled), in_words(conditions)),
+                f"tokens of context, {types}.",
                 *verdict(modelled, results),
             ),
             "top",
@@ -259,25 +250,11 @@ def _projected(results: Results, modelled: Comparison) -> list[Section]:
         *_of("setup", memory(results, modelled)),
         *_of("why", projected_time(modelled)),
         *_of("sure", rests_on(results, modelled)),
-        *_of("why", parallelism(modelled), overlap(modelled)),
+        *_of("why", overlap(modelled)),
         *_of("loads", sizes(results, modelled)),
         *_of("answer", planning.beside(results, modelled)),
         *_of("sure", assumptions(results, "projected", "Projected: assumptions")),
     ]
-
-
-def _cast(modelled: Comparison) -> list[Row]:
-    """The rows that matter most, each named by its role."""
-    best = modelled.best_baseline
-    names = {modelled.first.number: "first"}
-    if best is not None:
-        names[best.number] = (
-            "first and best baseline" if best is modelled.first else "best baseline"
-        )
-    if modelled.best_proposal is not None:
-        names[modelled.best_proposal.number] = "best proposal"
-    cast = [*modelled.cast, *([modelled.planned] if modelled.planned else [])]
-    return [row.called(names.get(row.number, "planner's best")) for row in cast]
 
 
 def _plan(results: Results) -> _Made:

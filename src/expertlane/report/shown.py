@@ -5,7 +5,6 @@ import re
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from html import escape
-from itertools import chain
 from pathlib import Path
 from typing import Any, get_args
 
@@ -14,10 +13,9 @@ from rich.console import Console
 from expertlane.errors import UserError
 from expertlane.report import html, terminal
 from expertlane.report.diff import report_of_difference
-from expertlane.report.document import Answer, Figure, Report, Table, Words
+from expertlane.report.document import Answer, Report
 from expertlane.report.files import write_reports
 from expertlane.report.sections import report_of
-from expertlane.report.terminal import folded_figure
 from expertlane.results import diff, file
 from expertlane.results.file import Format
 from expertlane.results.results import Results as Schema
@@ -37,48 +35,6 @@ def answer_text(answer: Answer) -> str:
     return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
 
 
-def answer_html(answer: Answer) -> str:
-    """The answer as a piece of HTML; whatever is in its words is escaped."""
-    parts = "".join(map(_part, answer.parts))
-    return f"<p>{escape(answer.setting)}<br><b>{escape(answer.headline)}</b></p>{parts}"
-
-
-def page_frame(page: str) -> str:
-    """A whole page as a piece of HTML, in a frame that cannot reach what is around it."""
-    return (
-        f'<iframe sandbox="allow-scripts" srcdoc="{escape(page)}" '
-        f'style="width: 100%; height: 700px; border: 0"></iframe>'
-    )
-
-
-def _part(part: Words) -> str:
-    match part:
-        case str():
-            return f"<p>{escape(part)}</p>"
-        case Figure():
-            lines = chain.from_iterable(folded_figure(line, _WIDTH) for line in part.lines)
-            return f"<p>{escape(part.title)}</p><pre>{escape(chr(10).join(lines))}</pre>"
-    return _table(part)
-
-
-def _table(table: Table) -> str:
-    sides = ["right" if column.is_number else "left" for column in table.columns]
-
-    def row(cells: tuple[str, ...], kind: str) -> str:
-        drawn = (
-            f'<{kind} style="text-align: {side}; padding: 0 .6em">{escape(cell)}</{kind}>'
-            for cell, side in zip(cells, sides, strict=True)
-        )
-        return f"<tr>{''.join(drawn)}</tr>"
-
-    headings = tuple(column.heading for column in table.columns)
-    caption = (
-        f'<caption style="text-align: left">{escape(table.title)}</caption>' if table.title else ""
-    )
-    rows = "".join(row(cells, "td") for cells in table.rows)
-    return f"<table>{caption}<thead>{row(headings, 'th')}</thead><tbody>{rows}</tbody></table>"
-
-
 class _Shown:
     """Something that has a report: it prints as its answer."""
 
@@ -96,12 +52,12 @@ class _Shown:
         return self._report().answer.headline
 
     def _repr_html_(self) -> str:
-        return answer_html(self._report().answer)
+        return f"<pre>{escape(self.answer)}</pre>"
 
 
 @dataclass(frozen=True)
 class Page:
-    """The page of a report; a notebook shows it in a frame.
+    """The page of a report; a notebook shows it in a frame that cannot reach what is around it.
 
     Attributes:
         html: the whole page, which works offline.
@@ -113,7 +69,10 @@ class Page:
         return f"<Page of {len(self.html):,} characters>"
 
     def _repr_html_(self) -> str:
-        return page_frame(self.html)
+        return (
+            f'<iframe sandbox="allow-scripts" srcdoc="{escape(self.html)}" '
+            f'style="width: 100%; height: 700px; border: 0"></iframe>'
+        )
 
 
 @dataclass(frozen=True, repr=False)

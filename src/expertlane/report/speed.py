@@ -20,7 +20,6 @@ from expertlane.report.numbers import (
     low_high_thousands,
     milliseconds,
     percent,
-    signed,
     span,
     times,
     whole,
@@ -210,7 +209,7 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
         "Deployments (virtual time)" if wall else f"Deployments ({comparison.source})",
         (
             Table.of("", columns, comparison.rows),
-            speed(comparison, comparison.rows),
+            _speed(comparison),
             _spread(comparison, wall),
             f"Factors are of {comparison.phase} TPS. 90 %: the interval of TPS, with five runs or "
             "more. TTFT and TPOT are medians. × best base: against the best baseline. "
@@ -226,23 +225,20 @@ def deployments(comparison: Comparison, wall: Comparison | None = None) -> Secti
     )
 
 
-def speed(comparison: Comparison, rows: Sequence[Row], title: str = "") -> Table:
+def _speed(comparison: Comparison) -> Table:
     """Throughput and latency, and factors of TPS."""
     best = comparison.best_baseline
     columns: tuple[Column[Row], ...] = (
         *NAMED,
-        number("prefill TPS", _prefill, figures, "measured"),
-        number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds, "measured"),
+        number("prefill TPS", _prefill, figures),
+        number("TTFT ms", lambda row: _median(row.record.prefill), milliseconds),
         number("decode TPS", _decode_tps, figures),
-        number("1000 TPS, low–high", lambda row: row.step.tps, low_high_thousands, "projected"),
-        number("TPOT ms", lambda row: _median(row.record.decode), milliseconds, "measured"),
-        number("p95", lambda row: _p95(row.record.decode), milliseconds, "measured"),
-        number("TPOT ms", lambda row: row.step.round_s, milliseconds, "projected"),
-        number("low–high", lambda row: row.step.round_s, low_high_ms, "projected"),
+        number("TPOT ms", lambda row: _median(row.record.decode), milliseconds),
+        number("p95", lambda row: _p95(row.record.decode), milliseconds),
         number("× first", lambda row: comparison.factor(row, comparison.first), figures),
         number("× best base", lambda row: comparison.factor(row, best) if best else None, figures),
     )
-    return Table.of(title, columns, rows, comparison.source)
+    return Table.of("", columns, comparison.rows)
 
 
 def _spread(comparison: Comparison, wall: Comparison | None) -> Table:
@@ -312,32 +308,6 @@ def by_link_speed(results: Results, comparison: Comparison) -> Section:
             "1.00× is the assumed link speed.",
         ),
     )
-
-
-def gains(comparison: Comparison) -> Section:
-    """Factors of TPS over the first deployment, and over the best baseline."""
-    first, best = comparison.first, comparison.best_baseline
-    is_one = best is None or best is first
-    also = ", also the best baseline" if best is first else ""
-    parts = [_gains(f"Against the first, {first.name}{also}", comparison, first)]
-    if best is not None and not is_one:
-        parts.append(_gains(f"Against the best baseline, {best.name}", comparison, best))
-    return Section("Gains", tuple(parts))
-
-
-def _gains(title: str, comparison: Comparison, other: Row) -> Table:
-    columns: tuple[Column[Row], ...] = (
-        *NAMED,
-        number(f"{comparison.phase} TPS gained", lambda row: row.tps - other.tps, signed),
-        number("throughput", lambda row: comparison.factor(row, other), times),
-        number(
-            f"{comparison.latency_name} ms changed",
-            lambda row: 1e3 * (row.latency_s - other.latency_s),
-            signed,
-        ),
-        number("latency", lambda row: other.latency_s / row.latency_s, times),
-    )
-    return Table.of(title, columns, comparison.rows)
 
 
 def in_words(conditions: Conditions | None) -> str:

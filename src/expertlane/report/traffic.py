@@ -1,12 +1,10 @@
 """Work and traffic of deployments: bytes, fan-out of tokens, hot spots and stragglers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 
-from expertlane.report.charts.squares import matrix
 from expertlane.report.compared import Comparison, Row, step_of
-from expertlane.report.document import Column, Heading, Section, Table, number, text
+from expertlane.report.document import Column, Section, Table, number, text
 from expertlane.report.numbers import (
-    NONE,
     bytes_si,
     figures,
     milliseconds,
@@ -24,7 +22,6 @@ from expertlane.results.record import (
 from expertlane.results.traffic import FanOut, HottestRank, TrafficRecord
 from expertlane.spec.names import Link, Traffic
 
-_NUM_LAST_NAMED = 3
 _CRITICAL_PATH = (
     "Critical path: the largest CPU time among ranks in each stage, chained through the "
     "pipeline; transfers and other threads excluded. "
@@ -126,7 +123,7 @@ _HOTTEST: tuple[Column[TrafficRecord], ...] = (
 
 
 def hot_spots(comparison: Comparison) -> Section:
-    """Short form: one line a deployment and table."""
+    """Hot spots: one line a deployment and table."""
     errors = tuple(
         f"#{row.number} sends hidden states as {row.record.known_options.payload}: they change by "
         f"{error_in_words(error)}."
@@ -172,96 +169,6 @@ def _hot(rank: HottestRank | None) -> str | None:
 def _straggler(traffic: TrafficRecord) -> str | None:
     last = traffic.straggler
     return None if last is None else f"{last} ({percent(traffic.last_share(last))})"
-
-
-def details(comparison: Comparison, ranks_per_node: int) -> tuple[Section, ...]:
-    """Long form: a section a deployment, with the matrix of bytes between ranks."""
-    return tuple(
-        Section(
-            f"Traffic of #{row.number} {row.name}, {comparison.phase}",
-            (
-                matrix(seen(row).sent_bytes[Traffic.PAYLOAD.label], ranks_per_node),
-                _by_stage(seen(row)),
-                Table.facts(_facts(seen(row)), title="One repetition"),
-            ),
-        )
-        for row in comparison.rows
-    )
-
-
-def _by_stage(traffic: TrafficRecord) -> Table:
-    columns = (
-        Heading("stage", False),
-        Heading("link", False),
-        *(Heading(kind.label) for kind in Traffic),
-    )
-    rows = [
-        (stage, link.label, *(bytes_si(getattr(of_link[link.label], k.label)) for k in Traffic))
-        for stage, of_link in traffic.by_stage.items()
-        for link in Link
-        if any(vars(of_link[link.label]).values())
-    ]
-    return Table(
-        "Sent by stage, one repetition", columns, tuple(rows) or (("all", "any", *("0 B",) * 3),)
-    )
-
-
-def _facts(traffic: TrafficRecord) -> Iterator[tuple[str, str]]:
-    """Facts that the short form leaves out."""
-    for link in Link:
-        yield f"payload per step, {link.label}", _of_steps(traffic, link)
-    if traffic.fan_out:
-        yield from _fan_out(traffic.fan_out)
-    yield "receives most", _rank(traffic.receiver, bytes_si)
-    yield "computes most", _rank(traffic.busiest, lambda num: f"{num:,} token-expert pairs")
-    yield "stragglers", _last(traffic)
-
-
-def _of_steps(traffic: TrafficRecord, link: Link) -> str:
-    of_step = traffic.payload_bytes_of_step[link.label]
-    least, most = min(of_step), max(of_step)
-    if least == most:
-        return bytes_si(most)
-    mean = sum(of_step) / len(of_step)
-    return f"{bytes_si(mean)} on average, {bytes_si(least)} to {bytes_si(most)}"
-
-
-def _fan_out(fan_out: FanOut) -> Iterator[tuple[str, str]]:
-    copies, least = fan_out.num_remote_rank_copies or 0, fan_out.num_remote_node_copies or 0
-    saved = f": one per node saves {percent((copies - least) / copies)}" if copies else ""
-    yield (
-        "per token",
-        f"{figures(fan_out.experts_per_token or 0)} experts, "
-        f"{figures(fan_out.ranks_per_token)} ranks, {figures(fan_out.nodes_per_token or 0)} nodes",
-    )
-    yield "tokens by ranks reached", _histogram(fan_out.tokens_by_ranks_reached)
-    yield "tokens by nodes reached", _histogram(fan_out.tokens_by_nodes_reached)
-    yield "copies between nodes", f"{copies:,} one per rank, {least:,} one per node{saved}"
-
-
-def _histogram(tokens: Sequence[int]) -> str:
-    """`1: 25%, 2: 75%`."""
-    total = sum(tokens)
-    return ", ".join(
-        f"{reached}: {percent(num / total)}" for reached, num in enumerate(tokens) if num
-    )
-
-
-def _rank(hot: HottestRank | None, amount: Callable[[int], str]) -> str:
-    if hot is None:
-        return NONE
-    return f"rank {hot.rank}: {amount(hot.amount)}, {times(hot.over_mean)} the mean"
-
-
-def _last(traffic: TrafficRecord) -> str:
-    """The ranks that arrive last most often."""
-    ranks = [rank for rank, num in enumerate(traffic.num_last_arrivals) if num]
-    ranks.sort(key=traffic.last_share, reverse=True)
-    named = [
-        f"rank {rank} at {percent(traffic.last_share(rank))} of {traffic.num_meetings[rank]:,}"
-        for rank in ranks[:_NUM_LAST_NAMED]
-    ]
-    return (", ".join(named) + " dispatches and combines") if named else NONE
 
 
 def experts_and_traffic(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import itemgetter
 from typing import Literal
 
 from expertlane.report.compared import (
@@ -13,7 +12,6 @@ from expertlane.report.compared import (
     Row,
     StepDifference,
     difference_of,
-    projected,
     step_difference,
 )
 from expertlane.report.numbers import (
@@ -25,7 +23,6 @@ from expertlane.report.numbers import (
     signed,
     times,
 )
-from expertlane.report.speed import speed_of_links
 from expertlane.results.estimate import Estimate, is_told_apart
 from expertlane.results.hardware import VirtualTime
 from expertlane.results.results import Results
@@ -289,15 +286,7 @@ def verdict(comparison: Comparison, results: Results) -> tuple[str, ...]:
     if judged is None:
         return (first,)
     sentences = [first, _numbers(comparison, judged), why(comparison, judged)]
-    if comparison.source == "virtual":
-        sentences += [_by_link_speed(results, comparison, judged)]
-    elif not comparison.is_run:
-        sentences += [
-            _by_context(comparison, judged),
-            _prefill(comparison),
-            _otherwise_routed(results, comparison),
-        ]
-    elif results.measured_on.is_oversubscribed:
+    if comparison.source == "measured" and results.measured_on.is_oversubscribed:
         sentences += [_by_critical_path(judged)]
     named = {row.number: row for row in (comparison.first, judged.one, judged.other)}
     return (*filter(None, sentences), *rounding([*named.values()]))
@@ -376,79 +365,6 @@ def why(comparison: Comparison, judged: Verdict) -> str:
 
 def _listed(causes_ms: Sequence[tuple[str, Estimate]]) -> str:
     return ", ".join(f"{cause} {signed(ms.value)}" for cause, ms in causes_ms)
-
-
-def _by_link_speed(results: Results, comparison: Comparison, judged: Verdict) -> str:
-    """The two deployments' ratio on faster and slower links, in words."""
-    virtual = results.virtual_time
-    if virtual is None or not virtual.speeds:
-        return ""
-    factors = []
-    for each in virtual.speeds:
-        of_row = dict(zip((row.number for row in comparison.rows), each.tps, strict=True))
-        faster_by = of_row[judged.one.number] / of_row[judged.other.number]
-        factor = speed_of_links(virtual, each)
-        if factor == 1:  # that is the verdict itself
-            continue
-        words = "without links" if factor is None else f"at {times(factor)}"
-        factors.append(f"{ratio(faster_by)}× {words}")
-    return (
-        f"{judged.one.name} over {judged.other.name}, by the speed of links: {', '.join(factors)}."
-    )
-
-
-def _by_context(comparison: Comparison, judged: Verdict) -> str:
-    """Ratio of the two from the shortest to the longest context, in words."""
-    contexts = comparison.contexts
-    if len(contexts) < 2:
-        return ""
-
-    def factors(other: Row) -> str:
-        found = [
-            comparison.at(judged.one, each).tps.value / comparison.at(other, each).tps.value
-            for each in contexts
-        ]
-        low, high = times(min(found)), times(max(found))
-        return low if low == high else f"{figures(min(found))} to {high}"
-
-    first = comparison.first
-    also = ""
-    if first not in (judged.one, judged.other):
-        also = f" and {factors(first)} that of {first.name}"
-    return (
-        f"From {contexts[0]:,} to {contexts[-1]:,} tokens of context {judged.one.name} has "
-        f"{factors(judged.other)} the decode TPS of {judged.other.name}{also}."
-    )
-
-
-def _prefill(comparison: Comparison) -> str:
-    of_parts = [
-        [(row.name, step.tps.value) for row in rows if (step := row.record.prefill)]
-        for rows in (comparison.proposals, comparison.baselines)
-    ]
-    if not all(of_parts):
-        return ""
-    (proposal, tps), (best, tps_of_best) = (max(each, key=itemgetter(1)) for each in of_parts)
-    return (
-        f"Prefill: {figures(tps)} TPS with {proposal}, {figures(tps_of_best)} with "
-        f"{best} ({times(tps / tps_of_best)})."
-    )
-
-
-def _otherwise_routed(results: Results, comparison: Comparison) -> str:
-    usual = results.conditions[0].routing
-    others = next((each for each in results.conditions if each.routing != usual), None)
-    other = projected(results, others) if others else None
-    if others is None or other is None:
-        return ""
-    if other.best_baseline is None or other.best_proposal is None:
-        return ""
-    best, proposal = other.best_baseline, other.best_proposal
-    return (
-        f"With {others.routing} routing the best proposal, {proposal.name}, has "
-        f"{times(proposal.tps / best.tps)} the decode TPS of the best baseline, {best.name}, at "
-        f"{comparison.context:,} tokens."
-    )
 
 
 def _by_critical_path(judged: Verdict) -> str:

@@ -28,7 +28,7 @@ _ORDERS = 20  # of all repetitions; two of them have those of A on one side of t
 _SAME = 1e-6  # a relative change that comes of rounding
 _LEAST = 1e-3  # smaller ones are never significant
 _VERDICTS = ("drill", "verify")  # speed before a fault says nothing of what it did
-_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name", "traffic")
+_DEPLOYMENTS = ("experiment.deployments", "experiment.scaling", "experiment.name")
 # How to get two results of one kind.
 _ALIKE: dict[frozenset[str], str] = {
     frozenset(("plan", "comparison")): (

@@ -194,7 +194,6 @@ class _OfComparison(_Question):
     max_tpot_s: _Positive | None = None
     max_ttft_s: _Positive | None = None
     slos: tuple[SLO, ...] = ()
-    traffic: bool = False
     servers: _Count | None = None
     workload: _Lengths | None = None
 

@@ -272,9 +272,8 @@ class Results(Strict):
         created: ISO 8601, UTC.
         question: what was asked for. comparison: `experiment` (model, workload, seed, cluster and
             deployments), `skew` of its projection, `projection` as `ProjectionSetup` has it, limits
-            and `load` as a plan's where there are any, and
-            `traffic` where each deployment's is to be shown in detail; simulation: `model`,
-            `workload`, `serving`; plan: `model`, `workload` (means), `load` (lengths and a rate, as
+            and `load` as a plan's where there are any; simulation: `model`, `workload`, `serving`;
+            plan: `model`, `workload` (means), `load` (lengths and a rate, as
             asked for), `projection`, `max_tpot_s`, `max_ttft_s`, and `slos` of other statistics;
             bench: `model`, `workload`, `ranks_per_node`, or `urls`, `endpoint` and `rounds` of
             servers; verify: `model`, `url`, `reference`, `seed`, `num_prompts` and `budget_s`;
@@ -404,10 +403,6 @@ class Results(Strict):
         plans = [replace(each, engines=tuple(map(of_engine, each.engines))) for each in self.plans]
         deployments = tuple(map(change, self.deployments))
         return replace(self, deployments=deployments, plans=tuple(plans))
-
-    def with_traffic(self) -> "Results":
-        """The results, shown with each deployment's traffic in detail."""
-        return replace(self, question=self.question | {"traffic": True})
 
     def select(
         self, source: Source, role: str | None = None, conditions: Conditions | None = None

@@ -98,22 +98,14 @@ def along(field: str, title: str | None, most: float, least: float = 0.0) -> Spe
     return quantity(field, title, axis, domain=[least, most], nice=False)
 
 
-def stacked(
-    rows: Mapping[str, tuple[str, Sequence[Spec]]],
-    bar: Spec,
-    looks: Spec,
-    words: Spec,
-    title: str | None = None,
-    most: float | None = None,
-) -> Spec:
+def stacked(rows: Mapping[str, tuple[str, Sequence[Spec]]], looks: Spec, words: Spec) -> Spec:
     """Parts end to end, each with its words where there is room for them.
 
     Args:
         rows: by name, what is said of a bar, and its parts, each with its `size`, and `shown`, its
             words.
-        bar, looks: looks of all parts, and encodings of each one's.
+        looks: encodings of each part's looks.
         words: encoding of the words' colour.
-        title, most: the axis and its end.
     """
     values: list[Spec] = []
     for name, (said, parts) in rows.items():
@@ -121,14 +113,14 @@ def stacked(
         for part, (begin, end) in zip(parts, pairwise(ends), strict=True):
             place = {"row": name, "begin": begin, "end": end, "middle": begin + part["size"] / 2}
             values.append(part | place | ({"said": said} if part is parts[0] else {}))
-    most = max(value["end"] for value in values) if most is None else most
-    ends_of = {"x": along("begin", title, most), "x2": {"field": "end"}}
+    most = max(value["end"] for value in values)
+    ends_of = {"x": along("begin", None, most), "x2": {"field": "end"}}
     # Words' colour has a scale of its own: layers share that of `color`.
     at = {"x": along("middle", None, most), "fill": words, "text": {"field": "shown"}}
     has_room = f"datum.size * width / {most} > {_LEAST_PX}"
     layers = [
         layer(
-            mark("bar", stroke="--card", strokeWidth=1, **bar),
+            mark("bar", stroke="--card", strokeWidth=1),
             *(in_row(), ends_of, looks),
             where="datum.size > 0",
         ),
@@ -257,7 +249,7 @@ def causes_chart(
         _most_costly(seconds, what),
         f"Stacked bars, one per deployment: milliseconds of a {what} by cause. "
         + " ".join(f"{name}: largest is {cause}, {percent(s)}." for name, cause, s in largest),
-        stacked(rows, {}, looks, words),
+        stacked(rows, looks, words),
         Table.across(f"ms of a {what}", [*map(_due_to, causes), in_all], list(seconds.items())),
         legend=legend,
         note=note,

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 from expertlane.report.charts.svg import AXIS, Spec, colour, layer, quantity, span, tooltip_of
 from expertlane.report.document import Chart, Column, Legend, Table, number
@@ -11,7 +10,6 @@ from expertlane.report.numbers import figures
 _HEIGHT_PX, _STRIP_PX = 160, 8
 _MOST_ROWS = 120  # of the table
 _Point = tuple[float, float | None]
-_Kind = Literal["line", "bar", "dash"]
 _Channel = Callable[[str], Spec]  # the time axis of a field
 
 
@@ -34,7 +32,6 @@ def over_time_chart(
     points: Sequence[_Point],
     bin_s: float,
     *,
-    kind: _Kind,
     colour_name: str,
     moment: str,
     level: float | None = None,
@@ -56,7 +53,7 @@ def over_time_chart(
         "value": number(what, lambda point: point[1], figures),
     }
     values = [
-        {"begin": at, "end": at + bin_s, "y": value, "at": figures(at), "value": figures(value)}
+        {"begin": at, "y": value, "at": figures(at), "value": figures(value)}
         for at, value in points
         if value is not None
     ]
@@ -69,7 +66,8 @@ def over_time_chart(
         return x | {"field": field}
 
     filled: Spec = {"color": {"value": colour_name}, "tooltip": tooltip_of(columns)}
-    layers = [_values(kind, at, y, filled), *_rules(at, y, level)]
+    line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
+    layers = [layer(line, {"x": at("begin"), "y": y}, filled), *_rules(at, y, level)]
     legend = [Legend(label, look) for label, look in (looks or {}).items()]
     if strips:
         rows = [{"begin": s.begin_s, "end": s.end_s, "said": s.label} for s in strips]
@@ -90,18 +88,6 @@ def over_time_chart(
         legend=legend if strips else (),
         note=" ".join(filter(None, said)),
     )
-
-
-def _values(kind: _Kind, at: _Channel, y: Spec, filled: Spec) -> Spec:
-    """The layer of the quantity itself."""
-    if kind == "bar":
-        heights = {"y": y, "y2": {"datum": 0}}
-        return layer({"type": "rect"}, span(at, "begin", "end"), heights, filled)
-    if kind == "dash":
-        dash = {"type": "rule", "strokeWidth": 4}
-        return layer(dash, span(at, "begin", "end"), {"y": y}, filled)
-    line = {"type": "line", "interpolate": "step-after", "strokeWidth": 2}
-    return layer(line, {"x": at("begin"), "y": y}, filled)
 
 
 def _rules(at: _Channel, y: Spec, level: float | None) -> Iterator[Spec]:

@@ -1,7 +1,4 @@
-"""Squares: the load of experts in every layer, and bytes between ranks, drawn and in characters.
-
-Bars show how many ranks tokens reach.
-"""
+"""Squares: the load of experts in every layer, and bytes between ranks."""
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
@@ -10,21 +7,18 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from expertlane.report.charts.bars import stacked
 from expertlane.report.charts.colours import ABOVE, BELOW
 from expertlane.report.charts.svg import Spec, by_name, layer, nominal, quantity, span
 from expertlane.report.document import (
     Chart,
     Column,
-    Figure,
     Heading,
     Legend,
     Multiples,
     Table,
     number,
 )
-from expertlane.report.numbers import bytes_si, counted, figures, percent, times, whole
-from expertlane.results.traffic import FanOut
+from expertlane.report.numbers import bytes_si, counted, percent, times, whole
 
 _SAME = 0.02  # in units of an even share, or of the most bytes; what differs by less is one
 _SHADED: Spec = quantity("shade", None) | {"scale": None, "legend": None}
@@ -284,126 +278,9 @@ def _shade(level: int) -> float:
     return round(_LEAST_SHADE + (1 - _LEAST_SHADE) * level / _NUM_SHADES, 2)
 
 
-_LONG = 32  # characters, of names over a bar
-_LEAST_SHARE = 0.005  # share of tokens
-
-
-def fan_out_chart(phase: str, fan_outs: Mapping[str, FanOut]) -> Chart | str | None:
-    """Ranks that a token reaches: a bar a deployment, those with the same shares together.
-
-    A sentence where all tokens of each deployment reach equally many; None without counts.
-    """
-    by_shares: dict[tuple[float, ...], list[str]] = {}
-    for name, each in fan_outs.items():
-        tokens = each.tokens_by_ranks_reached
-        if any(tokens):
-            by_shares.setdefault(tuple(num / sum(tokens) for num in tokens), []).append(name)
-    if not by_shares:
-        return None
-    most = max(map(len, by_shares))
-    shares = {
-        _together(names): [*each, *[0.0] * (most - len(each))] for each, names in by_shares.items()
-    }
-    means = {name: figures(float(np.dot(range(most), each))) for name, each in shares.items()}
-    in_mean = "; ".join(f"{name} {mean}" for name, mean in means.items())
-    if all(max(each) == 1.0 for each in shares.values()):
-        if len(means) == 1:
-            return f"Every {phase} token reaches {in_mean.rpartition(' ')[2]} ranks."
-        return f"Every {phase} token reaches as many ranks as the others: {in_mean}."
-    reached = [
-        place for place in range(most) if any(s[place] > _LEAST_SHARE for s in shares.values())
-    ]
-    shade = {
-        place: round(0.2 + 0.6 * at / max(1, len(reached) - 1), 2)
-        for at, place in enumerate(reached)
-    }
-    rows: dict[str, tuple[str, list[Spec]]] = {
-        name: (
-            f"{means[name]} on average",
-            [{"size": each[p], "shown": percent(each[p]), "shade": shade[p]} for p in reached],
-        )
-        for name, each in shares.items()
-    }
-    looks, words = {"fillOpacity": _SHADED}, {"value": "--ink"}
-    widest = max(shares, key=lambda name: float(means[name]))
-    return Chart(
-        f"A {phase} token of {widest} reaches {means[widest]} ranks on average",
-        f"Shares of {phase} tokens by how many ranks they reach. On average: {in_mean}.",
-        stacked(rows, {"color": ABOVE}, looks, words, "share of tokens", most=1.0),
-        Table(
-            "Shares of tokens by ranks reached",
-            (Heading("deployment", False), *map(Heading, ["mean", *map(str, reached)])),
-            tuple(
-                (name, means[name], *(percent(each[place]) for place in reached))
-                for name, each in shares.items()
-            ),
-        ),
-        legend=[Legend(counted(place, "rank"), ABOVE, opacity=shade[place]) for place in reached],
-        note="A token counts once per layer; its own rank counts if it holds one of its experts.",
-    )
-
-
-def _together(names: Sequence[str]) -> str:
-    """All names, or of many their numbers."""
-    joined = ", ".join(names)
-    is_short = len(joined) <= _LONG or not all(name.startswith("#") for name in names)
-    return joined if is_short else ", ".join(name.partition(" ")[0] for name in names)
-
-
-_NUM_DRAWN = 16  # with cells of 4 characters it fits 80 columns
-_CELL, _LABEL = 4, 3
-_UNITS = ((1.0, "B"), (1e3, "kB"), (1e6, "MB"), (1e9, "GB"), (1e12, "TB"))
-
-
-def matrix(payload_bytes: _Bytes, ranks_per_node: int) -> str | Figure:
-    """Bytes in characters: between ranks, or nodes where ranks are many; else one sentence.
-
-    Args:
-        payload_bytes: [source][destination], global ranks.
-    """
-    num_ranks = len(payload_bytes)
-    num_nodes = -(-num_ranks // ranks_per_node)
-    if num_ranks == 1:
-        return "One rank: no traffic."
-    if num_ranks <= _NUM_DRAWN:
-        return _drawn("rank", payload_bytes, ranks_per_node if ranks_per_node > 1 else num_ranks)
-    if num_nodes > _NUM_DRAWN:
-        return f"{num_nodes} nodes are too many to draw: the matrix is in results.json."
-    return _drawn("node", _between_nodes(payload_bytes, ranks_per_node), num_nodes)
-
-
 def _between_nodes(payload_bytes: _Bytes, ranks_per_node: int) -> list[list[int]]:
     """[source node][destination node], from [source][destination] of ranks."""
     firsts = np.arange(0, len(payload_bytes), ranks_per_node)
     of_senders = np.add.reduceat(np.array(payload_bytes), firsts, axis=0)
     cells: list[list[int]] = np.add.reduceat(of_senders, firsts, axis=1).tolist()
     return cells
-
-
-def _drawn(what: str, cells: _Bytes, num_together: int) -> Figure:
-    """`num_together`: places between two borders."""
-    size, largest = len(cells), max(map(max, cells))
-    # The smallest unit in which the largest has at most three digits.
-    scale, unit = next((each for each in _UNITS if largest / each[0] < 999.5), _UNITS[-1])
-
-    def line(label: str, cells: Sequence[str], border: str = "│") -> str:
-        parts = [cell.rjust(_CELL) for cell in cells]
-        groups = [parts[at : at + num_together] for at in range(0, size, num_together)]
-        return label.rjust(_LABEL) + border.join(map("".join, groups))
-
-    lines = [line("", [str(place) for place in range(size)])]
-    for place, row in enumerate(cells):
-        if place and place % num_together == 0:
-            lines.append(line("─" * _LABEL, ["─" * _CELL] * size, "┼"))
-        lines.append(line(str(place), [_cell(value / scale) for value in row]))
-    who = f"from {what} (row) to {what} (column)"
-    return Figure(f"Payload in {unit}, one repetition: {who}", tuple(lines))
-
-
-def _cell(value: float) -> str:
-    """A value in at most three characters."""
-    if value == 0:
-        return "·"
-    if value < 0.05:
-        return "<.1"
-    return f"{value:.1f}" if value < 9.95 else f"{value:.0f}"
