@@ -7,7 +7,7 @@ import pytest
 
 import example_projection
 import example_results as example
-from cli.screen import in_order, tells
+from cli.screen import in_order
 from expertlane.report.answer import compact, compact_range
 from expertlane.report.document import Chart, Table
 from expertlane.report.sections import report_of
@@ -100,33 +100,6 @@ def test_it_fits_a_screen(name: str) -> None:
     assert lines[-1].endswith("report.html")
     words = " ".join(lines)
     assert "as fast as" in words or "nothing to compare it with" in words
-
-
-def test_who_wins_by_how_much_how_surely_on_what_clock_and_why() -> None:
-    causes_s = {
-        Cause.PIPELINE_BUBBLE: Estimate(-0.057, -0.060, -0.054),
-        Cause.DISPATCH_COMBINE: Estimate(0.022, 0.020, 0.024),
-        Cause.ROUTER: Estimate(0.001, -0.001, 0.003),  # no more than noise
-    }
-    given = example.with_pair(
-        example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)]), SURE, causes_s
-    )
-    lines = shown(example.in_virtual_time(given, VIRTUAL))
-    setting, rest = " ".join(lines[:2]), " ".join(lines[9:-1])
-    assert tells(setting, "example top-2 16 ranks 2 cores virtual h100")
-    assert lines[2:7] == [
-        "EP 16 is 1.06× as fast as TP 8 × PP 2 (1.04–1.09), in decode, virtual time.",
-        "",
-        "deployment   tok/s  TPOT   TTFT   rel  largest cost",
-        "TP 8 × PP 2   40.0   400  4,000  1.00  experts 50%",
-        "EP 16          160   100  1,000  1.06  experts 50%",
-    ]
-    assert in_order(lines[8], "TP 8 × PP 2 400 EP 16 100")
-    assert lines[9] == "  bubble −57.0   dispatch +22.0   other −265"
-    assert in_order(rest, "rel TP 8 × PP 2 90 5 runs ratio links half twice")
-    assert in_order(rest, "EP 16 1.06× TP 8 × PP 2 1.04–1.09 decode wall")
-    assert in_order(rest, "virtual h100 share of a step h100 wall 16 2")
-    assert lines[-1] == "More: --full, or results/example/report.html"
 
 
 def test_parts_add_up_and_the_largest_against_it_stays() -> None:

@@ -226,16 +226,6 @@ def test_pointing_at_a_timeline_tells_what_is_there(opened):
 
 
 @pytest.mark.full
-def test_a_change_of_colours_changes_the_plots(opened):
-    page = opened(example_results.usual)
-    open_all(page)
-    plot = page.locator(".plot:visible").first
-    light = plot.screenshot()
-    page.emulate_media(color_scheme="dark")
-    assert plot.screenshot() != light
-
-
-@pytest.mark.full
 def test_a_table_that_goes_on_keeps_its_first_column(opened):
     page = opened(example_results.usual, 390)
     open_all(page)

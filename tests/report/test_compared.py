@@ -8,20 +8,16 @@ from cli.screen import telling
 from expertlane.report.compared import (
     OTHER,
     Row,
-    experts_at_once,
     hidden_share,
     projected,
     run,
     scaling,
-    stages_at_once,
     step_difference,
 )
-from expertlane.report.speed import gains
 from expertlane.results.record import EXPERIMENT
-from expertlane.spec.deployment import Deployment, Options
+from expertlane.spec.deployment import Deployment
 from expertlane.spec.layout import Layout
 from expertlane.spec.names import Cause, Phase
-from report.shown import tables
 
 
 def test_factors_against_the_first_and_the_best_baseline() -> None:
@@ -38,33 +34,12 @@ def test_factors_against_the_first_and_the_best_baseline() -> None:
     assert [row.latency_s for row in comparison.rows[:3]] == pytest.approx([0.4, 0.32, 0.16])
 
 
-def test_gains_against_the_first_and_the_best_baseline() -> None:
-    first, best = tables(gains(run(example.usual(), "measured")))
-    assert first.rows[0][2:] == ("0", "1.00×", "0", "1.00×")
-    assert first.rows[2][2:] == ("+60.0", "2.50×", "−240", "2.50×")
-    assert best.rows[2][2:] == ("+50.0", "2.00×", "−160", "2.00×")
-
-
 def test_prefill_is_compared_where_nothing_was_decoded() -> None:
     given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], output_len=1)
     comparison = run(given, "measured")
     assert (comparison.phase, comparison.latency_name) == (Phase.PREFILL, "TTFT")
     assert comparison.rows[1].latency_s == pytest.approx(1.0)
     assert comparison.rows[1].tps / comparison.first.tps == pytest.approx(4)
-
-
-def test_a_projection_is_compared_at_the_context_that_is_spoken_of() -> None:
-    results = example_projection.usual()
-    assert run(results, "measured") is None
-    comparison = projected(results)
-    assert (comparison.context, comparison.num_seqs) == (1024, 1024)
-    assert comparison.contexts == example_projection.CONTEXTS
-    latencies = [row.latency_s for row in comparison.rows]
-    assert latencies == pytest.approx([0.032, 0.016, 0.008, 0.0076])
-    assert comparison.best_baseline is comparison.rows[1]
-    assert comparison.fitting(comparison.first).num_seqs == 768
-    skewed = next(each for each in results.conditions if each.routing == "skewed")
-    assert projected(results, skewed).rows[2].latency_s == pytest.approx(0.016)
 
 
 def test_a_deployment_without_the_step_is_refused() -> None:
@@ -75,32 +50,6 @@ def test_a_deployment_without_the_step_is_refused() -> None:
     )
     with pytest.raises(ValueError, match=telling("EP 16")):
         projected(replace(results, deployments=broken))
-
-
-def test_nothing_is_compared_across_sources() -> None:
-    both = example.usual().beside(example_projection.usual())
-    for found, source in ((run(both, "measured"), "measured"), (projected(both), "projected")):
-        assert {row.record.source for row in found.rows} == {source} == {found.source}
-        assert len({row.record.conditions for row in found.rows}) == 1
-
-
-@pytest.mark.parametrize(
-    ("layout", "num_micro_batches", "of_layer", "stages"),
-    [
-        (Layout(), 1, 1, 1),
-        (Layout(tp=8, pp=2), 1, 1, 1),
-        (Layout(tp=8, pp=2), 4, 1, 2),
-        (Layout(dp=2, tp=8, ep=2), 1, 2, 1),
-        (Layout(dp=16, ep=16), 1, 16, 1),
-        (Layout(replicas=2, pp=2, dp=2, ep=2), 2, 4, 2),
-    ],
-)
-def test_experts_at_once(
-    layout: Layout, num_micro_batches: int, of_layer: int, stages: int
-) -> None:
-    deployment = Deployment("any", layout, Options(num_micro_batches=num_micro_batches))
-    record = run(example.results([(deployment, 0.1)]), "measured").first.record
-    assert (experts_at_once(record), stages_at_once(record)) == (of_layer, stages)
 
 
 def test_pairs_differ_in_overlap_alone() -> None:

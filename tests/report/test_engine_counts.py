@@ -45,40 +45,10 @@ def cells(engine):
     return dict(zip((each.heading for each in table.columns), table.rows[0], strict=True))
 
 
-def test_the_table_of_a_load():
-    found = cells(ENGINE)
-    assert found["requests"] == "12"
-    assert found["prompt tokens"] == "900"
-    assert found["client's counts"] == "same"
-    assert found["preemptions"] == "2"
-    assert found["running, mean"] == "6.0"
-    assert found["waiting, max"] == "3"
-    assert found["KV cache, max"] == "50%"
-    assert found["ranks, max/mean"] == "1.67×"
-
-
 def test_what_is_not_told_is_a_dash():
     found = cells(EngineRecord("trtllm", EngineCounts()))
     assert found["requests"] == found["running, mean"] == found["ranks, max/mean"] == NONE
     assert found["client's counts"] == NONE
-
-
-def test_ranks_have_a_table_where_several_count():
-    by_rank = {"0": EngineCounts(8, 0, 600, 60), "1": EngineCounts(4, 0, 300, 30)}
-    section = counted_by_servers([served(replace(ENGINE, by_rank=by_rank))], [])
-    tables = [each for each in section.parts if not isinstance(each, str)]
-    assert [row[2] for row in tables[1].rows] == ["0", "1"]
-    assert len(tables[1].rows) == 2
-    alone = replace(ENGINE, by_rank={"0": by_rank["0"]})
-    parts = counted_by_servers([served(alone)], []).parts
-    assert sum(not isinstance(each, str) for each in parts) == 1
-
-
-def test_servers_without_metrics_are_named_on_the_page_alone():
-    section = counted_by_servers([served(None, "http://a")], [])
-    (line,) = section.parts
-    assert tells(line, "/metrics http://a")
-    assert notes(None) == {}
 
 
 @pytest.mark.parametrize(

@@ -126,16 +126,6 @@ def test_the_best_load_is_named_with_its_latency():
     assert tells(found, "goodput 1,240 requests/s 99%")
 
 
-def test_a_single_load():
-    found = words(SIMULATION)
-    assert in_order(found, "2.00 1.00–4.00 tokens/s 8 TTFT 2,000")
-    assert tells(found, "Prefill 100% weight reads 75%")
-    assert "SLOs" not in found
-    assert "goodput" not in found
-    assert "Cost" not in found
-    assert "Accuracy" in found
-
-
 def test_what_is_left_out_is_said():
     assert "Omitted" not in words(SIMULATION)
     assert "Omitted 2 rows; --full shows all" in words(SWEPT)  # its setting takes four lines
@@ -143,27 +133,6 @@ def test_what_is_left_out_is_said():
     assert "Omitted 32 rows; --full shows all" in found
     for record in FOUR.deployments:  # each is there, with its best load
         assert f"replicas={record.layout.replicas}," in found
-
-
-def test_how_a_larger_batch_pays():
-    closed = replace(RECORD, serving=tuple(replace(each, slos=()) for each in loads(POINT, 3)))
-    found = words(replace(RESULTS, deployments=(closed,)))
-    assert "From batch 2 to 4 throughput rises 1.50×, TPOT 1.00×." in found
-
-
-def test_costs_and_objectives_are_in_the_full_report_too():
-    report = report_of(with_costs(SWEPT, 2.0))
-    (section,) = (
-        each for each in report.sections if each.heading.startswith("Throughput and latency (")
-    )
-    titles = [part.title for part in section.words if not isinstance(part, str)]
-    assert titles == ["", "", "Objectives", "Goodput", "Dollars per million"]
-    headings = [each.heading for each in report_of(with_costs(BENCHED, 2.0)).sections]
-    assert "Objectives and goodput (measured)" in headings
-    assert "Cost (measured)" in headings
-    assert not any(
-        each.heading.startswith(("Objectives", "Cost")) for each in report_of(RESULTS).sections
-    )
 
 
 def test_a_value_and_its_bounds_have_one_unit():

@@ -4,7 +4,6 @@ import re
 from dataclasses import replace
 from html import unescape
 from html.parser import HTMLParser
-from typing import Any
 
 import pytest
 
@@ -15,10 +14,8 @@ from expertlane.report import html
 from expertlane.report.charts.colours import style_sheet
 from expertlane.report.document import Lanes, Multiples, Table
 from expertlane.report.sections import report_of
-from expertlane.results.record import EXPERIMENT
 from expertlane.results.results import Results
-from expertlane.spec.names import Phase
-from report.shown import charts, charts_of, made_by
+from report.shown import charts, made_by
 
 KINDS = pytest.mark.parametrize("make", example_pages.KINDS.values(), ids=example_pages.KINDS)
 
@@ -122,18 +119,6 @@ def test_everything_of_the_other_reports_is_in_it(make):
                     assert " ".join(cell.split()) in words
 
 
-@KINDS
-def test_every_plot_has_words_and_a_table(make):
-    charts = charts_of(make())
-    assert charts
-    for chart in charts:
-        assert chart.words
-        assert chart.table.rows
-        widths = {len(row) for row in chart.table.rows}
-        assert widths == {len(chart.table.columns)}
-        assert all(legend.colour.startswith("--") for legend in chart.legend)
-
-
 @pytest.mark.smoke(2)
 @KINDS
 def test_every_plot_is_drawn_for_wide_and_narrow_screens_and_tells_its_values(make):
@@ -176,59 +161,11 @@ def test_a_plan_s_second_box_is_what_to_run():
         assert words not in answer
 
 
-CHAPTERS = {
-    "both": ["answer", "why", "loads", "sure", "setup"],
-    "measured": ["answer", "why", "loads", "sure", "setup"],
-    "plan": ["answer", "run", "found", "why", "sure"],
-    "simulation": ["answer", "loads", "why", "sure", "setup"],
-    "bench": ["answer", "loads", "sure", "setup"],
-}
-
-
-@pytest.mark.parametrize(("kind", "names"), CHAPTERS.items(), ids=CHAPTERS)
-def test_chapters_say_what_is_in_them_and_the_contents_lead_there(kind, names):
-    _, text = made_by(example_pages.KINDS[kind])
-    contents = text.split('<nav aria-label="Contents">')[1].split("</nav>")[0]
-    links = re.findall(r'<a href="#(.*?)">(.*?)</a>', contents)
-    assert [name for name, _ in links] == names
-    found = re.findall(
-        r'<details class="part" id="(.*?)".*?<h2>(.*?)</h2> <span class="says">(.+?)</span>', text
-    )
-    boxes = re.findall(r'<section class="box" id="(.*?)"', text)
-    assert [*boxes, *(name for name, *_ in found)] == names
-    for name, heading, says in found:
-        assert (name, heading) in links
-        assert len(says.split()) > 3
-        assert says.endswith(".")
-
-
 def test_a_section_of_no_chapter_is_refused():
     report = report_of(example_results.usual())
     lost = replace(report.sections[0], chapter="run")
     with pytest.raises(ValueError, match="in no chapter"):
         replace(report, sections=(*report.sections, lost))
-
-
-def values_of(results: Results, beginning: str, words: str = "") -> list[dict[str, Any]]:
-    """What is plotted by the first chart whose description begins so and has these words."""
-    found = next(
-        each
-        for each in charts_of(results)
-        if each.words.startswith(beginning) and words in each.words
-    )
-    assert isinstance(found.spec, dict)
-    return found.spec["data"]["values"]
-
-
-def test_curves_are_the_projected_steps():
-    results = example_pages.projected()
-    values = values_of(results, "TPOT, ms against tokens of context")
-    for row in results.select("projected", EXPERIMENT, results.conditions[0]):
-        of_row = [value for value in values if value["curve"] == row.name]
-        steps = [step for step in row.steps_of(Phase.DECODE) if step.num_seqs == 1024]
-        assert [(value["x"], value["y"]) for value in of_row] == [
-            (step.context, pytest.approx(1e3 * step.round_s.value)) for step in steps
-        ]
 
 
 @KINDS
@@ -266,22 +203,6 @@ def test_a_model_without_experts():
     words = " ".join(page_of(replace(results, deployments=deployments)).words)
     assert "no experts" in words
     assert "Load of the experts" not in words
-
-
-def test_a_measured_wait_in_a_hand_over_is_the_bubble_of_the_pipeline():
-    def names(results):
-        return [
-            {legend.label for legend in chart.legend}
-            for chart in charts_of(results)
-            if isinstance(chart.spec, Lanes)
-        ]
-
-    for of_chart in names(example_results.usual()):
-        assert "pipeline bubble" in of_chart
-        assert "PP send/recv" not in of_chart
-    for of_chart in names(example_pages.projected()):
-        assert {"PP send/recv", "pipeline bubble"} <= of_chart
-        assert "idle" not in of_chart  # another stage has the work
 
 
 def test_names_that_look_like_markup_stay_words():

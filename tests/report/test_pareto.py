@@ -120,20 +120,6 @@ def test_no_name_crosses_the_limit(width, size_px):
         assert top >= 14 or left >= said or right <= line, "the limit's own words are free"
 
 
-def test_a_plan_s_front_has_each_name_once():
-    (*_, chart) = charts(plan(PLAN)[0])
-    best = PLAN.select("projected", BEST)[0]
-    chosen = values(chart)[-1]
-    assert (chosen["x"], chosen["y"]) == (pytest.approx(200.0), 20_000 / 16)
-    labels = [each["label"] for each in values(chart) if each["label"]]
-    assert labels.count("#1 dp=8,tp=2,ep=16") == 1
-    assert len(labels) == len(set(labels))
-    assert not any(label == "expert parallel" for label in labels)  # it is the best, named so
-    assert "no expert parallelism, pipeline" in labels
-    assert tells(chart.title, "1,250 tokens/s GPU 200 user")
-    assert best.num_ranks == 16
-
-
 def test_what_to_use_is_emphasised_also_where_that_is_disaggregated():
     """Two pools that are 1.5 times as fast as the best aggregated, give or take a fifth."""
     pools = replace(
@@ -192,34 +178,6 @@ def test_of_few_loads_the_spread_of_each_latency_is_drawn(num):
     assert [each["row"] for each in values(chart) if "said" in each][:num] == names
     assert tells(chart.title, "first token 123,456 ms medians")
     assert {each.label for each in chart.legend} == {"median", "p95", "p99", "limit"}
-
-
-def test_of_many_deployments_the_best_load_s_latencies_are_drawn():
-    records = [
-        replace(RECORD, name=name, serving=loads(1).deployments[0].serving) for name in "abcd"
-    ]
-    (chart,) = charts_of(replace(RESULTS, deployments=tuple(records)))
-    assert [each["row"] for each in values(chart) if "said" in each] == [
-        "TTFT",
-        "TPOT",
-        "ITL",
-        "E2E",
-    ]
-
-
-def test_throughput_and_latency_by_load():
-    output, tpot, ttft, trade = charts_of(loads(3))
-    assert [(each["x"], each["y"]) for each in values(output)] == [
-        (1, 100.0),
-        (2, 200.0),
-        (4, 300.0),
-    ]
-    assert tells(output.title, "300 output tokens/s concurrency 4 3.00× 1")
-    median, p95 = 1e3 * SPREAD.median.value, 1e3 * SPREAD.p95.value
-    assert [(each["y"], each["high"]) for each in values(tpot)] == [(median, p95)] * 3
-    assert tells(ttft.title, "TTFT stays 123,456 ms concurrency 1 4")
-    assert [each["label"] for each in values(trade)] == ["batch 2", "batch 1", "batch 4"]
-    assert len(output.legend) == 0  # one layout needs none
 
 
 def test_a_limit_is_drawn_over_its_own_statistic_the_one_that_decides_first():

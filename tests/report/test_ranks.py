@@ -4,7 +4,6 @@ import pytest
 
 from cli.screen import tells
 from example_timelines import COMPUTE, NETWORK, events
-from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
 from expertlane.report.charts.timeline import timelines_chart
 from expertlane.report.document import Chart, Lanes
 from expertlane.results.timeline import timeline_of
@@ -125,18 +124,6 @@ def test_short_stretches_are_one_with_what_is_around_them():
     assert stretches(chart) == {(Cause.EXPERTS, 0, 0, 10)}
     table = dict(zip([c.heading for c in chart.table.columns], chart.table.rows[0], strict=True))
     assert (table[Cause.EXPERTS], table[Cause.ROUTER]) == ("9.00", "1.00")
-
-
-def test_every_kind_has_a_colour_and_the_first_few_are_open():
-    step = timeline_of(
-        [(0, 0, events([(COMPUTE, Stage.HEAD, -1, 0.0, 1.0)]))], num_tokens=1, num_seqs=1
-    )
-    names = [MARKUP, *map(str, range(9))]
-    group = timelines_chart("title", dict.fromkeys(names, (step, "")))
-    assert len(group.charts) == 10
-    assert {name.partition(":")[0] for name in group.open} == {MARKUP, "0", "1"}
-    assert {*Cause, *Gap} <= {*OF_CAUSE, *OF_GAP}
-    assert group.charts[0][0] == f"{MARKUP}: 1,000 ms, computing 100%"
 
 
 @pytest.mark.parametrize("rank_begins", [0, 5])

@@ -4,8 +4,7 @@ import pytest
 
 from cli.screen import in_order, tells
 from expertlane.report.charts.colours import ABOVE, BELOW
-from expertlane.report.charts.squares import alike, fan_out_chart, load_chart, traffic_charts
-from expertlane.results.traffic import FanOut
+from expertlane.report.charts.squares import alike, load_chart, traffic_charts
 from report.shown import values
 
 MARKUP = '</script><b title="x">&'
@@ -111,36 +110,3 @@ def test_of_many_ranks_nodes_are_drawn():
     assert tells(drawn.title, "Traffic prefill")
     assert len(chart.table.rows) == 8
     assert in_order(chart.note, "100% 64.0 node 0 1")
-
-
-def test_reach_is_shares_that_add_up():
-    found = {"#1 a": FanOut((0, 4)), f"#2 {MARKUP}": FanOut((0, 1, 3)), "#3 c": FanOut((0, 8))}
-    chart = fan_out_chart("decode", found)
-    drawn = [(each["row"], each["begin"], each["end"], each["shown"]) for each in values(chart)]
-    assert drawn == [
-        ("#1 a, #3 c", 0.0, 1.0, "100%"),
-        ("#1 a, #3 c", 1.0, 1.0, "0%"),
-        (f"#2 {MARKUP}", 0.0, 0.25, "25%"),
-        (f"#2 {MARKUP}", 0.25, 1.0, "75%"),
-    ]
-    assert tells(chart.title, f"decode #2 {MARKUP} 1.75 ranks")
-    assert chart.table.rows == (
-        ("#1 a, #3 c", "1.00", "100%", "0%"),
-        (f"#2 {MARKUP}", "1.75", "25%", "75%"),
-    )
-    assert [each.label for each in chart.legend] == ["1 rank", "2 ranks"]
-
-
-def test_reach_that_needs_no_bars():
-    assert fan_out_chart("decode", {}) is None
-    assert fan_out_chart("decode", {"a": FanOut((0, 0))}) is None
-    said = fan_out_chart("decode", {"a": FanOut((0, 0, 5))})
-    assert tells(said, "Every decode 2.00 ranks")
-    both = fan_out_chart("decode", {"a": FanOut((0, 0, 5)), "b": FanOut((0, 1))})
-    assert in_order(both, "Every decode a 2.00 b 1.00")
-
-
-def test_ten_deployments_with_one_reach_are_named_by_their_numbers():
-    found = {f"#{place} deployment": FanOut((0, 1, 1)) for place in range(1, 11)}
-    chart = fan_out_chart("decode", found)
-    assert {each["row"] for each in values(chart)} == {"#1, #2, #3, #4, #5, #6, #7, #8, #9, #10"}

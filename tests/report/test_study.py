@@ -13,10 +13,10 @@ import example_projection
 import example_results
 from cli.screen import in_order, telling, tells
 from expertlane.errors import UserError
-from expertlane.report import html, markdown
+from expertlane.report import markdown
 from expertlane.report.compared import projected
 from expertlane.results.file import write
-from report.shown import charts, section, tables, words
+from report.shown import section, tables, words
 
 PATH = Path(__file__).parents[2] / "experiments" / "paper" / "study.py"
 study = runpy.run_path(str(PATH), run_name="study")
@@ -74,36 +74,6 @@ def test_where_the_reported_factor_would_come_from():
     numbers = words(section(of(results), "Projected: the reported numbers"))
     assert tells(numbers, "120,000 TPS within")
     assert tells(numbers, "2.2 above")
-
-
-def test_several_files_are_judged_together():
-    results = example_pages.projected()
-    halves = [
-        replace(
-            results,
-            deployments=tuple(
-                each for each in results.deployments if each.conditions.top_k == top_k
-            ),
-        )
-        for top_k in (2, 1)
-    ]
-    factor = "Projected: where 3.75× would come from"
-    assert section(of(*halves), factor) == section(of(results), factor)
-
-
-def test_reported_values_stand_in_a_table_of_their_own():
-    report = of(example_pages.projected())
-    for each in report.sections:
-        for table in tables(each):
-            if "450,000" in str(table.rows):
-                assert each.heading == "The paper's table (reported, other hardware)"
-                assert table.rows == (
-                    ("baseline: TP=8, PP=2", "reported", "120,000", "8.3", "1.00×", "1.00×"),
-                    ("proposed: EP=16", "reported", "450,000", "2.2", "3.75×", "3.77×"),
-                )
-    drawn = {row[:2] for part in report.sections for c in charts(part) for row in c.table.rows}
-    assert ("reported by the paper: baseline: TP=8, PP=2", "reported") in drawn
-    assert "reported by the paper" in html.render(report)
 
 
 def test_another_model_is_not_held_against_the_paper():

@@ -7,7 +7,7 @@ import example_results as example
 from cli.screen import in_order, tells
 from expertlane.report.compared import projected, run
 from expertlane.report.setup import cautions
-from expertlane.report.verdict import Factor, in_wall_time, sentence, verdict
+from expertlane.report.verdict import Factor, sentence, verdict
 from expertlane.results.estimate import Estimate
 from expertlane.results.hardware import LinkSpeed, VirtualTime
 from expertlane.results.results import Results
@@ -22,18 +22,6 @@ def sentences(results: Results) -> tuple[str, ...]:
 
 def two(slow_s: float = 0.4, fast_s: float = 0.1) -> Results:
     return example.results([(example.TENSOR, slow_s), (example.EXPERT, fast_s)])
-
-
-def test_proposal_against_the_best_baseline_and_the_first() -> None:
-    which, numbers, why, critical = sentences(example.usual())
-    best = "best baseline TP 8 × PP 2 2 rotating"
-    assert in_order(which, f"EP 16 overlap 3.33× TP 8 × PP 2 2.67× {best} decode wall 1")
-    assert in_order(numbers, "133 50.0 tok/s TPOT 120 320")
-    assert in_order(why, "decode 120 EP 16 overlap 320 TP 8 × PP 2 experts −100")
-    assert in_order(why, "Against dispatch")
-    assert in_order(why, "EP 16 overlap experts 50%")
-    # One expert stage's 0.1 of a step for the one, chained over two pipeline stages for the other.
-    assert in_order(critical, "critical-path CPU EP 16 overlap 5.33× 1,333 250 TPS")
 
 
 def test_a_significant_ratio_with_its_interval_and_causes_beyond_their_noise() -> None:
@@ -138,20 +126,6 @@ def test_on_a_clock_where_it_is_slower_the_reasons_are_what_it_pays() -> None:
     assert in_order(why, "Against TP −90.0")
 
 
-def test_the_same_two_on_every_clock_and_link_speed() -> None:
-    """Also where another deployment is ahead of them on one."""
-    given = example.with_pair(example.usual(), Estimate(1.5, 1.4, 1.6))
-    speeds = tuple(
-        LinkSpeed(scale, (10.0, 99.0, 98.0, 20.0 / (1 + scale))) for scale in (0.0, 1.0, 2.0)
-    )
-    given = example.in_virtual_time(given, VirtualTime("h100", 1.0, 1.0, speeds))
-    own, wall = run(given, "virtual"), run(given, "measured")
-    assert in_order(verdict(own, given)[0], "EP 16 overlap TP 8 × PP 2 1.50× decode virtual")
-    assert in_order(verdict(own, given)[3], "EP 16 overlap TP 8 × PP 2 2.00× without 0.67× 0.500×")
-    beside = "EP 16 overlap 1.50× TP 8 × PP 2 1.40–1.60 decode wall virtual h100 wall 16 2"
-    assert in_order(in_wall_time(wall, given), beside)
-
-
 def test_a_slower_proposal_is_still_what_is_asked_about() -> None:
     which, _, why, _ = sentences(example.results([(example.TENSOR, 0.1), (example.EXPERT, 0.4)]))
     assert in_order(which, "EP 16 0.25× TP 8 × PP 2 decode wall")
@@ -164,19 +138,6 @@ def test_without_a_baseline_the_fastest_is_held_against_the_first() -> None:
     assert in_order(which, fastest)
     which = sentences(example.results([(example.OVERLAP, 0.1), (example.EXPERT, 0.2)]))[0]
     assert in_order(which, fastest)
-
-
-def test_one_deployment() -> None:
-    (line,) = sentences(example.results([(example.EXPERT, 0.2)]))
-    assert tells(line, "EP 16 80.0 tok/s decode wall TPOT 200 nothing")
-
-
-def test_prefill_alone() -> None:
-    given = example.results([(example.TENSOR, 0.4), (example.EXPERT, 0.1)], output_len=1)
-    which, numbers, why, _ = sentences(given)
-    assert in_order(which, "4.00× TP 8 × PP 2 prefill")
-    assert "64.0 against 16.0 tok/s; TTFT 1,000 against 4,000 ms." in numbers
-    assert tells(why, "prefill")
 
 
 def rounding(results: Results, number: int) -> Results:
@@ -255,18 +216,6 @@ def of_projection(results: Results) -> tuple[str, ...]:
     comparison = projected(results)
     assert comparison is not None
     return verdict(comparison, results)
-
-
-def test_a_projection_is_judged_in_the_same_words() -> None:
-    which, numbers, why, by_context, prefill, skewed = of_projection(example_projection.usual())
-    assert in_order(
-        which, "EP 16 overlap 4.21× TP 8 × PP 2 best DP 2 × TP 8 EP 2 2.11× 0.53–8.42 h100x16"
-    )
-    assert in_order(numbers, "134,737 64,000 tok/s TPOT 7.60 16.0")
-    assert in_order(why, "1,024 7.60 EP 16 overlap 16.0 DP 2 × TP 8 weight reads −4.20")
-    assert in_order(by_context, "1 10,000 EP 16 overlap 2.11× DP 2 × TP 8 4.21× TP 8 × PP 2")
-    assert prefill.startswith("Prefill: 862,316 TPS with EP 16 + overlap, 409,600 with DP 2 × TP 8")
-    assert in_order(skewed, "skewed EP 16 overlap 2.11×")
 
 
 def test_bounds_that_do_not_touch_tell_a_faster_one() -> None:

@@ -57,14 +57,6 @@ def test_drained_micro_batches_read_weights_again(page):
     assert rotating.value < values[1]  # no bubble
 
 
-def test_links_move_the_proposal(page):
-    slow, usual, near = (
-        page.step_of(page.Case(link=link), page.PROPOSAL).round_s.value
-        for link in (12.5, 50.0, page.ONE_DOMAIN)
-    )
-    assert near < usual < slow
-
-
 @pytest.mark.full
 def test_the_page(page, monkeypatch, tmp_path, capsys):
     for name, few in (

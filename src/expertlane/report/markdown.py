@@ -17,7 +17,7 @@ def render(report: Report) -> str:
 
 def _part(part: Words) -> str:
     if isinstance(part, Table):
-        return _table(part)
+        return table(part)
     if isinstance(part, Figure):
         longest = max(map(len, re.findall("`+", "\n".join(part.lines))), default=0)
         fence = "`" * max(3, longest + 1)
@@ -25,11 +25,12 @@ def _part(part: Words) -> str:
     return _escaped(part)
 
 
-def _table(table: Table) -> str:
-    lines = [f"**{_escaped(table.title)}**", ""] if table.title else []
-    lines.append(_row([column.heading for column in table.columns]))
-    lines.append(_row(["---:" if column.is_number else "---" for column in table.columns]))
-    lines += [_row(row) for row in table.rows]
+def table(part: Table) -> str:
+    """A table, below its title."""
+    lines = [f"**{_escaped(part.title)}**", ""] if part.title else []
+    lines.append(_row([column.heading for column in part.columns]))
+    lines.append(_row(["---:" if column.is_number else "---" for column in part.columns]))
+    lines += [_row(row) for row in part.rows]
     return "\n".join(lines)
 
 
