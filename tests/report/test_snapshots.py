@@ -111,13 +111,18 @@ def snapshot(name: str) -> str:
     )
 
 
+def path_of(name: str) -> Path:
+    """The file of an example's snapshot."""
+    return FOLDER / f"{name.replace(' ', '_')}.txt"
+
+
 @pytest.mark.parametrize("name", EXAMPLES)
 def test_a_report_is_as_it_was(name: str) -> None:
-    assert snapshot(name) == (FOLDER / f"{name}.txt").read_text("utf-8"), (
+    assert snapshot(name) == path_of(name).read_text("utf-8"), (
         "after a deliberate change: cd tests && python -m report.test_snapshots"
     )
 
 
 if __name__ == "__main__":
     for each in EXAMPLES:
-        (FOLDER / f"{each}.txt").write_text(snapshot(each), "utf-8")
+        path_of(each).write_text(snapshot(each), "utf-8")
