@@ -23,7 +23,7 @@ from expertlane.report import html, markdown
 from expertlane.report.charts.pareto import Dot
 from expertlane.report.compared import (
     Comparison,
-    Overlapped,
+    OverlapPair,
     Row,
     experts_at_once,
     experts_per_rank,
@@ -188,7 +188,7 @@ def _at(comparison: Comparison) -> str:
     return f", {in_words(comparison.conditions)}, {comparison.context:,} tokens of context"
 
 
-def hidden(pair: Overlapped) -> str:
+def hidden(pair: OverlapPair) -> str:
     """What overlap hides between two deployments, in a sentence."""
     steps = (
         f"#{pair.off.number} takes {milliseconds(pair.off.step.round_s)} ms per step without it, "

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from expertlane.comparison.fit import Fitter, Measured
+from expertlane.comparison.fit import Fitter, Measurements
 
 NAMES = ("compute", "link", "driver")
 
@@ -25,7 +25,7 @@ def fitter_of(parts, factors, noise=0.0, rng=None, names=NAMES):
         return np.log(parts @ np.exp([changes.get(name, 0.0) for name in NAMES]))
 
     groups = np.arange(len(parts)) // 3
-    measured = Measured(values, np.full(len(parts), max(noise, 0.02)), groups)
+    measured = Measurements(values, np.full(len(parts), max(noise, 0.02)), groups)
     return Fitter(measured, names, project)
 
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 import example_results as example
-from expertlane.comparison.records import Repeated, pair_record
+from expertlane.comparison.records import Repetitions, pair_record
 from expertlane.results.record import choose_compared
 from expertlane.spec.names import Cause, Phase
 
 
 def repeated(tps, experts_s):
-    return Repeated(tuple(tps), tuple({Cause.EXPERTS: each} for each in experts_s))
+    return Repetitions(tuple(tps), tuple({Cause.EXPERTS: each} for each in experts_s))
 
 
 def test_means_without_each_repetition():
@@ -55,8 +55,8 @@ def test_in_wall_time_by_pairs_of_repetitions():
 def test_in_virtual_time_around_the_figures_of_all_repetitions():
     records = [example.record(example.EXPERT, 0.1), example.record(example.TENSOR, 0.11)]
     first, second = steps = tuple(each.decode for each in records)
-    even = Repeated((first.tps.value,) * 5, (first.breakdown_s,) * 5)
-    uneven = Repeated(
+    even = Repetitions((first.tps.value,) * 5, (first.breakdown_s,) * 5)
+    uneven = Repetitions(
         tuple(second.tps.value * each for each in (1.0, 1.1, 0.9, 1.0, 1.0)),
         (second.breakdown_s,) * 5,
     )

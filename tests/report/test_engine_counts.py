@@ -7,7 +7,7 @@ import pytest
 from cli.screen import tells
 from example_serving import POINT
 from expertlane.report.engine_counts import counted_by_servers, engine_notes, over_time
-from expertlane.report.loads import Served
+from expertlane.report.loads import LoadPoint
 from expertlane.report.numbers import NONE
 from expertlane.results.engine_record import (
     EngineCounts,
@@ -32,7 +32,7 @@ ENGINE = EngineRecord("vllm", EngineCounts(12, 0, 900, 90, 0, 2), (SAME,), {}, G
 
 def served(engine, name="http://a (vllm 1)"):
     serving = replace(POINT, engine=engine)
-    return Served(DeploymentRecord(name, None, None, "measured", serving=(serving,)), serving)
+    return LoadPoint(DeploymentRecord(name, None, None, "measured", serving=(serving,)), serving)
 
 
 def notes(*engines, shares_prefixes=False):

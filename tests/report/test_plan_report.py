@@ -19,7 +19,7 @@ from expertlane.report.plan_answer import answer, headline, verdict
 from expertlane.report.planning import measurement, named
 from expertlane.report.sections import report_of
 from expertlane.results.estimate import Estimate, Summary
-from expertlane.results.hardware import Judged
+from expertlane.results.hardware import Validation
 from expertlane.results.record import (
     BEST,
     DECODE_POOL,
@@ -43,7 +43,7 @@ from expertlane.spec.names import Phase
 from report.shown import answer_lines
 
 FIRST, SECOND = Layout(dp=2, tp=8, ep=16), Layout(dp=16, ep=16)
-JUDGED = Judged("TPOT of a model", 127, 0.34)
+JUDGED = Validation("TPOT of a model", 127, 0.34)
 
 
 def one(decode: StepsRecord | None = None) -> DeploymentRecord:

@@ -33,7 +33,7 @@ from expertlane.spec.ranges import take
 if TYPE_CHECKING:
     from expertlane.balance.engine_routing import Routing
     from expertlane.balance.placement import Placement
-    from expertlane.report.placement import Evaluated
+    from expertlane.report.placement import Evaluation
 
 _FILE = "placement.json"
 
@@ -195,10 +195,10 @@ def _read(path: Path, trace: "Routing", ranks: int) -> "list[Placement]":
 
 def _evaluated(
     trace: "Routing", before: "list[Placement]", after: "list[Placement]", own: _Options
-) -> "Evaluated":
+) -> "Evaluation":
     from expertlane.balance.trace import RoutingTrace, compare
     from expertlane.report.numbers import counted
-    from expertlane.report.placement import Evaluated
+    from expertlane.report.placement import Evaluation
 
     *layers, total = compare(
         trace.layers, trace.load(), trace.topk_ids, before, after, own.per_node
@@ -210,7 +210,7 @@ def _evaluated(
     )
     is_own = own.placement is None
     num_tokens = trace.num_tokens if isinstance(trace, RoutingTrace) else None
-    return Evaluated(trace.model, setting, layers, total, num_tokens, num_nodes, is_own)
+    return Evaluation(trace.model, setting, layers, total, num_tokens, num_nodes, is_own)
 
 
 def _size(trace: "Routing") -> str:
@@ -226,7 +226,7 @@ def _size(trace: "Routing") -> str:
 
 
 def _json(
-    trace: "Routing", placements: "list[Placement]", placed: "Evaluated", own: _Options
+    trace: "Routing", placements: "list[Placement]", placed: "Evaluation", own: _Options
 ) -> str:
     shown = {
         "model": trace.model,

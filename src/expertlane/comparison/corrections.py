@@ -28,7 +28,7 @@ from expertlane.spec.ranges import shown
 _LEAST = 0.01  # a smaller logarithm of a factor is no correction
 
 
-class _Compared(NamedTuple):
+class _Number(NamedTuple):
     """A measured number, in seconds or tokens per second, beside its projections."""
 
     metric: str
@@ -115,13 +115,13 @@ def _of_engine(points: Sequence[Point], engine: str | None) -> list[Point]:
     return kept
 
 
-def _compared(reprojection: Reprojection, fitter: Fitter, found: Fit) -> list[_Compared]:
+def _compared(reprojection: Reprojection, fitter: Fitter, found: Fit) -> list[_Number]:
     """Times of steps and metrics of loads; parts of steps where nothing else was measured."""
     after = fitter.at(found.changes)
     reprojection.offsets = None
     before = reprojection({})
     every = [
-        _Compared(
+        _Number(
             each.metric,
             *(
                 reprojection.shown(each, value)
@@ -134,9 +134,7 @@ def _compared(reprojection: Reprojection, fitter: Fitter, found: Fit) -> list[_C
     return [each for each in known if each.metric in WHOLE] or known
 
 
-def _corrections(
-    reprojection: Reprojection, fit: Fit, compared: Sequence[_Compared]
-) -> Corrections:
+def _corrections(reprojection: Reprojection, fit: Fit, compared: Sequence[_Number]) -> Corrections:
     subject, points = reprojection.subject, reprojection.points
     left = float(np.sqrt(np.mean([log(each.measured / each.corrected) ** 2 for each in compared])))
     spans = reprojection.spans(fit.changes)
@@ -174,6 +172,6 @@ def _ends(values: Sequence[int]) -> tuple[int, int]:
     return min(values), max(values)
 
 
-def _error(numbers: Sequence[_Compared], of: Callable[[_Compared], float]) -> float:
+def _error(numbers: Sequence[_Number], of: Callable[[_Number], float]) -> float:
     """Median relative error of the numbers that `of` gives, against measured ones."""
     return median([abs(each.measured / of(each) - 1) for each in numbers])

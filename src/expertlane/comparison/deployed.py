@@ -12,7 +12,7 @@ from expertlane.balance.holding import placements_of
 from expertlane.comparison.journal import Journal, Measurement
 from expertlane.comparison.projection import usual_number_type
 from expertlane.comparison.records import (
-    Repeated,
+    Repetitions,
     measured_record,
     rebalance_records,
     traced_steps,
@@ -77,7 +77,7 @@ class Setting:
 
 
 @dataclass(eq=False)
-class Deployed:
+class DeploymentRun:
     """A deployment, its measurements so far, and the records made of them.
 
     Attributes:
@@ -272,20 +272,21 @@ class Deployed:
             raise ModelError(f"deployment {self.name!r}: {error}") from None
         return np.array([request.output_token_ids for request in requests])
 
-    def wall_time(self) -> Repeated:
+    def wall_time(self) -> Repetitions:
         """The repetitions, each by itself, in wall time."""
-        return Repeated.of(speed_of_runs(self.deployment.layout, self._steps[self.phase]))
+        return Repetitions.of(speed_of_runs(self.deployment.layout, self._steps[self.phase]))
 
-    def without_each(self, runs: VirtualRuns) -> Repeated:
+    def without_each(self, runs: VirtualRuns) -> Repetitions:
         """The repetitions in virtual time, without each in turn (`cost.virtual.without_each`).
 
         With laws of computing, all repetitions are alike.
         """
         steps = self._steps[self.phase]
         if self._laws():
-            return Repeated.of(self._replayed(runs, steps))
+            return Repetitions.of(self._replayed(runs, steps))
         own, around = (
-            Repeated.of(self._replayed(runs, each(steps))) for each in (undisturbed, without_each)
+            Repetitions.of(self._replayed(runs, each(steps)))
+            for each in (undisturbed, without_each)
         )
         return own.without_each(around)
 

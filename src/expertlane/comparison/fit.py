@@ -38,7 +38,7 @@ _SURE = 1.5  # standard errors, from which on a change is kept
 
 
 @dataclass(frozen=True, eq=False)
-class Measured:
+class Measurements:
     """Logarithms of measured numbers.
 
     Attributes:
@@ -95,7 +95,7 @@ class Fitter:
         least: lower bound of a change by name; else `-MOST_CHANGED`.
     """
 
-    measured: Measured
+    measured: Measurements
     names: Sequence[str]
     project: Project
     least: Mapping[str, float] = field(default_factory=dict)

@@ -79,7 +79,7 @@ def plan_beside(
     # Prompts of one token and outputs around the context: next to nothing but decode steps.
     around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
     of_decode = replace(request, workload=around)
-    decoding = _Screened(Search(of_decode))
+    decoding = _Candidates(Search(of_decode))
     progress.advance()
     search = Search(replace(request, setting=replace(request.setting, step_tokens=None)))
     found = _best(search)
@@ -101,7 +101,7 @@ def plan_beside(
     return summary, rows
 
 
-class _Screened:
+class _Candidates:
     """Candidates that fit, and the search that projects them in full."""
 
     def __init__(self, search: Search) -> None:
@@ -117,7 +117,7 @@ def _best(search: Search) -> OnePool | None:
 
 
 def _fastest(
-    found: _Screened,
+    found: _Candidates,
     context: int,
     num_seqs: int,
     own: Sequence[DeploymentRecord],

@@ -158,7 +158,7 @@ def _experts_s(steps: Sequence[StepLoad]) -> float:
 
 
 @dataclass(frozen=True)
-class Repeated:
+class Repetitions:
     """Throughput and time by cause of one deployment's repetitions.
 
     Attributes:
@@ -175,11 +175,11 @@ class Repeated:
         return median(sum(each.values()) for each in self.causes_s)
 
     @classmethod
-    def of(cls, runs: Sequence[StepsRecord]) -> "Repeated":
+    def of(cls, runs: Sequence[StepsRecord]) -> "Repetitions":
         """From the records of single repetitions."""
         return cls(tuple(each.tps.value for each in runs), tuple(e.breakdown_s for e in runs))
 
-    def without_each(self, around: "Repeated | None" = None) -> "Repeated":
+    def without_each(self, around: "Repetitions | None" = None) -> "Repetitions":
         """The means over all repetitions but one, for each one.
 
         Args:
@@ -197,10 +197,10 @@ class Repeated:
                 for at in range(num)
             ]
 
-        def token_s(of: Repeated) -> list[float]:
+        def token_s(of: Repetitions) -> list[float]:
             return [1 / each for each in of.tps]
 
-        def of_cause(of: Repeated, cause: str) -> list[float]:
+        def of_cause(of: Repetitions, cause: str) -> list[float]:
             return [each[cause] for each in of.causes_s]
 
         seconds = without(token_s(self), token_s(around) if around else None)
@@ -209,13 +209,13 @@ class Repeated:
             for cause in self.causes_s[0]
         }
         causes_s = ({cause: of[at] for cause, of in by_cause.items()} for at in range(num))
-        return Repeated(tuple(1 / each for each in seconds), tuple(causes_s))
+        return Repetitions(tuple(1 / each for each in seconds), tuple(causes_s))
 
 
 def pair_record(
     names: tuple[str, str],
     phase: Phase,
-    repeated: tuple[Repeated, Repeated],
+    repeated: tuple[Repetitions, Repetitions],
     steps: tuple[StepsRecord, StepsRecord] | None = None,
 ) -> PairRecord:
     """The pair, from repetitions that were measured in turns.

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from expertlane.comparison.fit import Floats, Measured
+from expertlane.comparison.fit import Floats, Measurements
 from expertlane.comparison.points import (
     COMPUTING,
     EXPERTS_LOAD,
@@ -90,7 +90,7 @@ class Number(NamedTuple):
     sigma: float
 
 
-class _Served(NamedTuple):
+class _LoadMetrics(NamedTuple):
     """A simulated load.
 
     Attributes:
@@ -145,7 +145,7 @@ class Reprojection:
         self._profile: tuple[tuple[float, ...], Profile] | None = None  # the last one
         self._projectors: dict[tuple[int, float], Projector] = {}
         self._modes: dict[tuple[int, StepSize], DispatchMode] = {}
-        self._served: dict[tuple[int, int, float], _Served] = {}
+        self._served: dict[tuple[int, int, float], _LoadMetrics] = {}
         # Of each step as assumed, and as changed last, with the changes.
         self._steps: dict[tuple[int, StepSize, bool], tuple[tuple[float, ...], StepByStage]] = {}
         self.names = [each for each in LawKind if each is not LawKind.SKEW or self._has_skew]
@@ -214,9 +214,9 @@ class Reprojection:
         return self._projectors[key]
 
     @cached_property
-    def measured(self) -> Measured:
+    def measured(self) -> Measurements:
         """All measured numbers, for the fit."""
-        return Measured(
+        return Measurements(
             np.array([each.measured for each in self.numbers]),
             np.array([each.sigma for each in self.numbers]),
             np.array([self._group(each.place) for each in self.numbers]),
@@ -298,7 +298,7 @@ class Reprojection:
             for number, (_, load) in enumerate(point.loads)
         }
 
-    def _simulated(self, place: int, number: int, arrival: float) -> _Served:
+    def _simulated(self, place: int, number: int, arrival: float) -> _LoadMetrics:
         """A simulated load with a change of the admission of requests, and no other."""
         key = place, number, arrival
         if key not in self._served:
@@ -306,7 +306,7 @@ class Reprojection:
             self._served[key] = self.simulate(place, load, {LawKind.ARRIVAL: arrival})
         return self._served[key]
 
-    def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _Served:
+    def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _LoadMetrics:
         """Simulate a whole load on a deployment under changes.
 
         Args:
@@ -344,7 +344,7 @@ class Reprojection:
         num_new = min(prompt_len, RANK_STEP_TOKENS)
         num_prompts = min(at_once, max(RANK_STEP_TOKENS // num_new, 1) * num_caches)
         wall_s = load.num_requests * output_len / seen[TPS]
-        return _Served(
+        return _LoadMetrics(
             seen.get(TPOT, wall_s),
             seen.get(TTFT, wall_s),
             seen[TPS],

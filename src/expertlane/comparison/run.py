@@ -12,7 +12,7 @@ from typing import Self
 
 from expertlane.balance.holding import check_experiment
 from expertlane.comparison.assumptions import measured_assumptions
-from expertlane.comparison.deployed import Deployed, Setting
+from expertlane.comparison.deployed import DeploymentRun, Setting
 from expertlane.comparison.journal import Journal
 from expertlane.comparison.records import pair_record
 from expertlane.comparison.turns import Repeats, measure_in_turns
@@ -89,7 +89,7 @@ def run_comparison(
         peak = journal.peak  # so that links are scaled as before
         _tell_kept(journal, progress)
     setting = Setting(experiment, pool, seen[0].dtype, ranks_per_node, progress, virtual, journal)
-    measured = _Measured.of(setting, peak, limits)
+    measured = _Measurement.of(setting, peak, limits)
     with journal or nullcontext():
         measured.measure(repeats or Repeats())
     if on_trace is not None:
@@ -128,7 +128,7 @@ def _virtual_on(
 
 
 @dataclass(eq=False)
-class _Measured:
+class _Measurement:
     """An experiment's deployments on the ranks, and their records.
 
     Attributes:
@@ -141,8 +141,8 @@ class _Measured:
 
     setting: Setting
     peak: MachinePeak
-    own: list[Deployed]
-    scaling: list[Deployed]
+    own: list[DeploymentRun]
+    scaling: list[DeploymentRun]
     runs: VirtualRuns | None = None
     records: tuple[DeploymentRecord, ...] = ()
     pairs: tuple[PairRecord, ...] = ()
@@ -156,7 +156,7 @@ class _Measured:
         """
         experiment = setting.experiment
         own, scaling = (
-            [Deployed(each, setting, limits[each.name], role) for each in deployments]
+            [DeploymentRun(each, setting, limits[each.name], role) for each in deployments]
             for deployments, role in (
                 (experiment.deployments, EXPERIMENT),
                 (experiment.scaling, SCALING),
@@ -169,7 +169,7 @@ class _Measured:
         own = self.own
         first: dict[str, DeploymentRecord] = {}
 
-        def choose() -> list[Deployed]:
+        def choose() -> list[DeploymentRun]:
             self.runs = self._virtual_runs()
             first.update({each.name: self._record(each) for each in own})
             return self._compared(list(first.values()))
@@ -246,20 +246,20 @@ class _Measured:
             self.peak,
         )
 
-    def _record(self, deployed: Deployed) -> DeploymentRecord:
+    def _record(self, deployed: DeploymentRun) -> DeploymentRecord:
         """The record that the verdict uses: in virtual time if there is any."""
         if self.runs is None:
             return deployed.record(self.peak)
         return deployed.virtual_record(self.runs)
 
-    def _compared(self, records: Sequence[DeploymentRecord]) -> list[Deployed]:
+    def _compared(self, records: Sequence[DeploymentRecord]) -> list[DeploymentRun]:
         """The deployments that the first sentence is about; empty for a single deployment."""
         phase = self.own[0].phase
         tps = [each.steps_of(phase)[0].tps.value for each in records]
         return [self.own[place] for place in choose_compared(records, tps)]
 
     def _pairs(
-        self, compared: Sequence[Deployed], virtual: Mapping[str, DeploymentRecord]
+        self, compared: Sequence[DeploymentRun], virtual: Mapping[str, DeploymentRecord]
     ) -> Iterator[PairRecord]:
         """The pairs of the first with each of the others, on each clock.
 

@@ -81,7 +81,7 @@ def step_of(row: Row) -> StepsRecord:
 
 
 @dataclass(frozen=True)
-class Overlapped:
+class OverlapPair:
     """Two deployments that differ in overlap alone."""
 
     off: Row
@@ -249,12 +249,12 @@ class Comparison:
         return row.tps / base.tps
 
     @property
-    def overlapped(self) -> list[Overlapped]:
+    def overlapped(self) -> list[OverlapPair]:
         """Pairs of deployments that decode and differ in overlap alone."""
         if self.phase is not Phase.DECODE:
             return []
         return [
-            Overlapped(off, on)
+            OverlapPair(off, on)
             for off in self.rows
             for on in self.rows
             if on.record.known_options.overlap is True

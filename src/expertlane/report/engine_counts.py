@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.document import Chart, Column, Section, Table, Words, number, text
-from expertlane.report.loads import Note, Served
+from expertlane.report.loads import LoadPoint, Note
 from expertlane.report.numbers import NONE, counted, percent, times, whole
 from expertlane.results.engine_record import EngineRecord, GaugesRecord
 from expertlane.results.estimate import Estimate
@@ -17,11 +17,11 @@ _MOST_CURVES = 8  # of a chart; with more ranks, a curve for each server
 
 
 class _Load(NamedTuple):
-    of: Served
+    of: LoadPoint
     engine: EngineRecord
 
 
-def _with_metrics(found: Sequence[Served]) -> list[_Load]:
+def _with_metrics(found: Sequence[LoadPoint]) -> list[_Load]:
     return [_Load(each, each.serving.engine) for each in found if each.serving.engine is not None]
 
 
@@ -63,7 +63,7 @@ _COLUMNS: tuple[Column[_Load], ...] = (
 
 
 class _Rank(NamedTuple):
-    of: Served
+    of: LoadPoint
     rank: str
     engine: EngineRecord
 
@@ -79,7 +79,7 @@ _RANK_COLUMNS: tuple[Column[_Rank], ...] = (
 )
 
 
-def counted_by_servers(found: Sequence[Served], doubts: Sequence[Note]) -> Section:
+def counted_by_servers(found: Sequence[LoadPoint], doubts: Sequence[Note]) -> Section:
     """The section of servers' own metrics.
 
     Args:
@@ -104,7 +104,7 @@ def counted_by_servers(found: Sequence[Served], doubts: Sequence[Note]) -> Secti
     return Section("Server metrics (measured)", tuple(parts), chapter="sure")
 
 
-def over_time(found: Sequence[Served]) -> Section:
+def over_time(found: Sequence[LoadPoint]) -> Section:
     """The section of plots of servers' gauges over time, in the last round of each load."""
     drawn = [
         _gauge(found, "num_running", "running requests", "{} running requests"),
@@ -116,7 +116,7 @@ def over_time(found: Sequence[Served]) -> Section:
 
 
 def _gauge(
-    found: Sequence[Served], name: str, what: str, title: str, scale: float = 1.0
+    found: Sequence[LoadPoint], name: str, what: str, title: str, scale: float = 1.0
 ) -> Chart | None:
     """A gauge over time, by server and data-parallel rank; None if it is unknown, or always 0.
 
@@ -175,7 +175,7 @@ def _points(gauges: GaugesRecord, values: Sequence[float], scale: float) -> tupl
 
 
 def engine_notes(
-    found: Sequence[Served], *, shares_prefixes: bool, seed: str = "another --seed"
+    found: Sequence[LoadPoint], *, shares_prefixes: bool, seed: str = "another --seed"
 ) -> Iterator[Note]:
     """Cautions from the servers' metrics: one of each kind, for the worst load.
 
@@ -231,7 +231,7 @@ def engine_notes(
         )
 
 
-def at(found: Sequence[Served], each: Served) -> str:
+def at(found: Sequence[LoadPoint], each: LoadPoint) -> str:
     """The load in words, with the server's name if there are several."""
     several = len({id(one.record) for one in found}) > 1
     return f"{each.load} of {each.record.name}" if several else each.load

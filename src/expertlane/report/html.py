@@ -31,7 +31,7 @@ _WHOLE = Chapter("answer", "The answer", "")  # of a report without chapters
 
 def render(report: Report) -> str:
     """The whole page, its style sheet, drawings and script in it."""
-    drawn, (headline, lead) = _Drawn(), _parted(report.answer.headline)
+    drawn, (headline, lead) = _PageParts(), _parted(report.answer.headline)
     first, *chapters = [drawn.chapter(report, each) for each in report.chapters or (_WHOLE,)]
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -68,7 +68,7 @@ def _beside(report: Report) -> list[Words | Plot]:
     return plots if len(plots) > 1 else [*plots, *tables]
 
 
-class _Drawn:
+class _PageParts:
     """Template values of each part; every plot and section has an id of its own."""
 
     def __init__(self) -> None:

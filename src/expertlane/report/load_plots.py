@@ -7,7 +7,7 @@ from expertlane.report.charts.bars import Spread, spread_chart
 from expertlane.report.charts.curves import Axis, Curve, Point, curves_chart
 from expertlane.report.charts.pareto import Dot, pareto_chart
 from expertlane.report.document import Chart, Section
-from expertlane.report.loads import Served, best_of, served, typical_of
+from expertlane.report.loads import LoadPoint, best_of, served, typical_of
 from expertlane.report.numbers import figures, times
 from expertlane.report.speed import unit_of
 from expertlane.results.estimate import Estimate, Summary
@@ -25,7 +25,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
     """Throughput and latency against load, or the spread of latencies where loads are few."""
     source = results.deployments[0].source
     heading = f"Latency and throughput by load, {source}"
-    by_layout: dict[str, list[Served]] = {}
+    by_layout: dict[str, list[LoadPoint]] = {}
     for each in served(results):
         if _load(each) is not None:
             by_layout.setdefault(each.record.name, []).append(each)
@@ -47,7 +47,7 @@ def by_load(results: Results) -> tuple[Section, ...]:
     )
 
 
-def _latencies(by_layout: Mapping[str, Sequence[Served]], best: Served) -> Iterator[Chart]:
+def _latencies(by_layout: Mapping[str, Sequence[LoadPoint]], best: LoadPoint) -> Iterator[Chart]:
     """Charts of every statistic with a limit, the decisive one first; of the others, medians."""
     of_best = by_layout[best.record.name]
     slos = [each.slo for each in best.serving.slos]
@@ -97,7 +97,7 @@ def spread_of(results: Results) -> Chart | None:
     return spread_chart(title, spreads, note="Further right is slower; the axis is logarithmic.")
 
 
-def _called(each: Served, shown: Sequence[Served]) -> str:
+def _called(each: LoadPoint, shown: Sequence[LoadPoint]) -> str:
     """Name of a load: its deployment, its load, or both, as needed to tell them apart."""
     loads, names = ({one.load for one in shown}, {one.name for one in shown})
     parts = [each.name] * (len(names) > 1) + [each.load] * (len(loads) > 1)
@@ -114,17 +114,17 @@ def _statistics_ms(seconds: Summary | None, first: str) -> dict[str, float]:
     return known if first in known else {}
 
 
-def _tightness(slo: SLO, loads: Sequence[Served]) -> tuple[int, float]:
+def _tightness(slo: SLO, loads: Sequence[LoadPoint]) -> tuple[int, float]:
     """Sort key: number of loads that miss it, then how near to the limit they come."""
     found = [value.value for each in loads if (value := _objective_ms(slo)(each)) is not None]
     limit_ms = _MS_PER_S * slo.limit_s
     return sum(ms > limit_ms for ms in found), max(found, default=0.0) / limit_ms
 
 
-def _objective_ms(slo: SLO) -> Callable[[Served], Estimate | None]:
+def _objective_ms(slo: SLO) -> Callable[[LoadPoint], Estimate | None]:
     """Function that gets an objective's value of a load."""
 
-    def value(each: Served) -> Estimate | None:
+    def value(each: LoadPoint) -> Estimate | None:
         values = (result.value for result in each.serving.slos if result.slo == slo)
         found = next(values, None)
         return None if found is None else found * _MS_PER_S
@@ -132,20 +132,20 @@ def _objective_ms(slo: SLO) -> Callable[[Served], Estimate | None]:
     return value
 
 
-def _load(each: Served) -> float | None:
+def _load(each: LoadPoint) -> float | None:
     """Batch or rate of a load; None for recorded arrivals."""
     return each.serving.rate if each.serving.batch is None else float(each.serving.batch)
 
 
-def _load_name(each: Served) -> str:
+def _load_name(each: LoadPoint) -> str:
     return "requests/s" if each.serving.batch is None else "concurrency"
 
 
 def _against_load(
-    by_layout: Mapping[str, Sequence[Served]],
-    best: Served,
+    by_layout: Mapping[str, Sequence[LoadPoint]],
+    best: LoadPoint,
     what: str,
-    value: Callable[[Served], Estimate | None],
+    value: Callable[[LoadPoint], Estimate | None],
     limit: float | None = None,
 ) -> Chart:
     """One curve a layout; the title is about the best one."""
@@ -197,10 +197,10 @@ def _kept(points: Sequence[Point], limit: float, name: str, load: str) -> str:
     return f"Up to {load} {max(below):,.6g}, {name} is within" if below else f"{name} is over"
 
 
-def _median_ms(metric: str) -> Callable[[Served], Estimate | None]:
+def _median_ms(metric: str) -> Callable[[LoadPoint], Estimate | None]:
     """The median; measured: up to the 95th percentile; projected: from low to high."""
 
-    def median(each: Served) -> Estimate | None:
+    def median(each: LoadPoint) -> Estimate | None:
         seconds: Summary | None = getattr(each.serving, f"{metric}_s")
         if seconds is None or seconds.median is None:
             return None
@@ -212,13 +212,13 @@ def _median_ms(metric: str) -> Callable[[Served], Estimate | None]:
     return median
 
 
-def _median_tpot(each: Served) -> Estimate | None:
+def _median_tpot(each: LoadPoint) -> Estimate | None:
     """The median; None where it is unknown, or 0 since all tokens came at once."""
     median = None if each.serving.tpot_s is None else each.serving.tpot_s.median
     return median if median is not None and min(median.bounds) > 0 else None
 
 
-def _trade(by_layout: Mapping[str, Sequence[Served]], best: Served, unit: str) -> Chart:
+def _trade(by_layout: Mapping[str, Sequence[LoadPoint]], best: LoadPoint, unit: str) -> Chart:
     """A device's throughput against what a user sees, load by load."""
     dots = [
         Dot(

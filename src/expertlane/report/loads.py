@@ -45,7 +45,7 @@ Note = tuple[str, str]  # subject, and a sentence
 
 
 @dataclass(frozen=True, eq=False)
-class Served:
+class LoadPoint:
     """A deployment under one load."""
 
     record: DeploymentRecord
@@ -76,9 +76,9 @@ def load_of(serving: ServingRecord) -> tuple[str, str]:
     return ("load", "recorded") if serving.rate is None else ("req/s", f"{serving.rate:g}")
 
 
-def served(results: Results) -> list[Served]:
+def served(results: Results) -> list[LoadPoint]:
     """Every load on every deployment."""
-    return [Served(record, each) for record in results.deployments for each in record.serving]
+    return [LoadPoint(record, each) for record in results.deployments for each in record.serving]
 
 
 def whose(results: Results) -> str:
@@ -88,7 +88,7 @@ def whose(results: Results) -> str:
     return "server" if results.deployments[0].layout is None else "layout"
 
 
-def best_of(found: Sequence[Served]) -> Served:
+def best_of(found: Sequence[LoadPoint]) -> LoadPoint:
     """The load with most output that meets all objectives; if none does, with most goodput."""
     best = best_load([each.serving for each in found])
     return next(each for each in found if each.serving is best)
@@ -217,7 +217,7 @@ def _headline(results: Results) -> str:
     return f"{lead}: {tps} tokens/s{medians} ({told}s)."
 
 
-def _bursts(found: Sequence[Served]) -> str:
+def _bursts(found: Sequence[LoadPoint]) -> str:
     """Batches whose requests all start at once, with none after them; in words."""
     closed = {each.serving.batch: each.serving for each in found if each.serving.batch}
     bursts = [
@@ -275,7 +275,7 @@ def _around(text: str) -> str:
     return "" if is_half or share != percent(LENGTHS_APART) else f"{mean:,} ±{share}"
 
 
-def objectives(served: Served) -> Iterator[Note]:
+def objectives(served: LoadPoint) -> Iterator[Note]:
     """Each objective under one load, and whether it was met."""
     serving = served.serving
     if serving.good_share is None or serving.goodput is None:
@@ -290,7 +290,7 @@ def objectives(served: Served) -> Iterator[Note]:
     )
 
 
-def _worst(served: Served) -> str:
+def _worst(served: LoadPoint) -> str:
     worst = max(served.serving.slos, key=lambda each: each.excess)
     return _told(worst).removesuffix(", MISSED")
 
@@ -305,7 +305,7 @@ def _told(result: SLOResult) -> str:
     return f"{name} {milliseconds(result.value)} ms {how.format(result.slo.limit)}"
 
 
-def _prefixes(served: Served) -> Iterator[Note]:
+def _prefixes(served: LoadPoint) -> Iterator[Note]:
     num_cached, num_prompt = served.serving.num_cached_tokens, served.serving.num_prompt_tokens
     if num_cached and num_prompt:
         yield (
@@ -314,7 +314,7 @@ def _prefixes(served: Served) -> Iterator[Note]:
         )
 
 
-def cost_of(results: Results, served: Served) -> str | None:
+def cost_of(results: Results, served: LoadPoint) -> str | None:
     """Dollars for a million tokens, in a few words; None without a price."""
     output, total = served.serving.usd_per_million_output, served.serving.usd_per_million_total
     if output is None or total is None:
@@ -329,13 +329,13 @@ def cost_of(results: Results, served: Served) -> str | None:
     )
 
 
-def per_device(served: Served) -> Estimate:
+def per_device(served: LoadPoint) -> Estimate:
     """Output tokens a second of a device."""
     return served.serving.output_tps / served.record.num_ranks
 
 
-def _of(metric: str, statistic: str) -> Callable[[Served], Estimate | None]:
-    def get(each: Served) -> Estimate | None:
+def _of(metric: str, statistic: str) -> Callable[[LoadPoint], Estimate | None]:
+    def get(each: LoadPoint) -> Estimate | None:
         summary: Summary | None = getattr(each.serving, f"{metric}_s")
         found: Estimate | None = getattr(summary, statistic, None)
         return found
@@ -343,10 +343,10 @@ def _of(metric: str, statistic: str) -> Callable[[Served], Estimate | None]:
     return get
 
 
-_Ranked = tuple[int, Column[Served]]  # the highest is the first to be left out; 0 stays
+_Ranked = tuple[int, Column[LoadPoint]]  # the highest is the first to be left out; 0 stays
 
 
-def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
+def _columns(results: Results, rows: Sequence[LoadPoint]) -> Iterator[_Ranked]:
     kind, _ = load_of(rows[0].serving)
     if len(results.deployments) > 1:
         firsts = [
@@ -371,7 +371,7 @@ def _columns(results: Results, rows: Sequence[Served]) -> Iterator[_Ranked]:
         yield 6, number("$/M out", lambda each: each.serving.usd_per_million_output, figures)
 
 
-def _tps(served: Served) -> Estimate:
+def _tps(served: LoadPoint) -> Estimate:
     return served.serving.output_tps
 
 
@@ -379,7 +379,7 @@ def _share(share: Estimate) -> str:
     return percent(share.value)
 
 
-def _table(results: Results, rows: Sequence[Served]) -> Table:
+def _table(results: Results, rows: Sequence[LoadPoint]) -> Table:
     """The table of loads, with as many columns as there is room for."""
     title = f"Output tokens/s; TPOT and TTFT in ms, {typical_of(results)} and p95"
     title += "; goodput in requests/s" if rows[0].serving.slos else ""
@@ -401,8 +401,8 @@ def _width(table: Table) -> int:
 
 
 def _rows(
-    found: Sequence[Served], best: Served, num_layouts: int, most_lines: int
-) -> tuple[list[Served], int]:
+    found: Sequence[LoadPoint], best: LoadPoint, num_layouts: int, most_lines: int
+) -> tuple[list[LoadPoint], int]:
     """Rows that there are lines for, in their order, and how many are left out.
 
     First the best, then the best of each other deployment, then the best's other loads.

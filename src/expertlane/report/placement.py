@@ -12,7 +12,7 @@ _MOST_ROWS = 12  # layers in the answer
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class Evaluation:
     """A placement on a trace.
 
     Attributes:
@@ -32,7 +32,7 @@ class Evaluated:
     is_own: bool
 
 
-def report_of(placed: Evaluated, command: str, created: str) -> Report:
+def report_of(placed: Evaluation, command: str, created: str) -> Report:
     """The answer, and every layer."""
     table = partial(_table, placed)
     worst = sorted(placed.layers, key=lambda each: -each.before.max_over_mean)[:_MOST_ROWS]
@@ -58,7 +58,7 @@ def report_of(placed: Evaluated, command: str, created: str) -> Report:
     )
 
 
-def _headline(placed: Evaluated) -> str:
+def _headline(placed: Evaluation) -> str:
     before, after = placed.total.before.max_over_mean, placed.total.after.max_over_mean
     if placed.num_tokens == 0:
         return "The trace has no tokens: nothing to balance."
@@ -72,7 +72,7 @@ def _headline(placed: Evaluated) -> str:
     )
 
 
-def _table(placed: Evaluated, title: str, layers: Sequence[Comparison]) -> Table:
+def _table(placed: Evaluation, title: str, layers: Sequence[Comparison]) -> Table:
     """A row for each layer, then all of them; crossings where there are nodes to cross."""
     num_tokens = placed.num_tokens
     columns: list[Column[Comparison]] = [
@@ -94,7 +94,7 @@ def _table(placed: Evaluated, title: str, layers: Sequence[Comparison]) -> Table
     return Table.of(title, columns, (*layers, placed.total))
 
 
-def _notes(placed: Evaluated) -> list[str]:
+def _notes(placed: Evaluation) -> list[str]:
     """Notes on the meaning of the numbers, and how far to trust them."""
     notes = ["Before: experts in order. To move: experts that ranks must fetch."]
     if placed.num_tokens is None:
@@ -114,7 +114,7 @@ def _notes(placed: Evaluated) -> list[str]:
         if placed.num_tokens is not None:
             made_from = counted(placed.num_tokens, "token")
         notes.append(
-            f"Evaluated on the {made_from} it was made from, so optimistic: check it on another "
+            f"Evaluation on the {made_from} it was made from, so optimistic: check it on another "
             "trace with --placement."
         )
     return notes

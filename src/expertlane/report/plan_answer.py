@@ -7,7 +7,7 @@ from itertools import product
 from pathlib import Path
 
 from expertlane.report.document import Answer, Column, Figure, Section, Table, number, text
-from expertlane.report.loads import Served, cost_of, device_of, lengths_of, places
+from expertlane.report.loads import LoadPoint, cost_of, device_of, lengths_of, places
 from expertlane.report.numbers import (
     COLUMNS,
     compact,
@@ -120,7 +120,7 @@ def _around(results: Results, shown: Collection[int]) -> list[str]:
     costs = [
         f"Cost of {name}: {cost}."
         for name, each in (("the pools", results.faster_pools), ("#1", best))
-        if each is not None and (cost := cost_of(results, Served(each, as_asked(each))))
+        if each is not None and (cost := cost_of(results, LoadPoint(each, as_asked(each))))
     ]
     return [
         *([f"Aggregated: {tie}."] if tie else []),

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from expertlane.report.compared import (
     OTHER,
     Comparison,
-    Overlapped,
+    OverlapPair,
     Row,
     Size,
     scaling,
@@ -43,7 +43,7 @@ def overlap(comparison: Comparison) -> Section:
         return Section(heading, ("No two deployments differ in overlap alone.",))
     num_paying = sum(pair.gained_s > 0 for pair in pairs)
     is_virtual = comparison.source == "virtual"
-    columns: tuple[Column[Overlapped], ...] = (
+    columns: tuple[Column[OverlapPair], ...] = (
         text("without, with", lambda pair: f"#{pair.off.number}, #{pair.on.number}"),
         number("step without, ms", lambda pair: pair.off.step.round_s, milliseconds),
         number("with, ms", lambda pair: pair.on.step.round_s, milliseconds),
@@ -76,7 +76,7 @@ def overlap(comparison: Comparison) -> Section:
     )
 
 
-def overlap_sentence(pair: Overlapped) -> str:
+def overlap_sentence(pair: OverlapPair) -> str:
     """A sentence: whether overlap pays, and why."""
     name, total_s = pair.on.name, abs(pair.gained_s)
     if pair.hidden is None:
@@ -91,7 +91,7 @@ def overlap_sentence(pair: Overlapped) -> str:
     return f"{name} costs {milliseconds(total_s)} ms per step: it hides {share} {exposed}{why}."
 
 
-def _prefill_gain(pair: Overlapped) -> float | None:
+def _prefill_gain(pair: OverlapPair) -> float | None:
     off, on = pair.off.record.prefill, pair.on.record.prefill
     return on.tps.value / off.tps.value - 1 if off and on else None
 

@@ -15,8 +15,8 @@ from expertlane.report.document import (
 from expertlane.report.engine_counts import at, counted_by_servers, engine_notes, over_time
 from expertlane.report.loads import (
     NAME_COLUMNS,
+    LoadPoint,
     Note,
-    Served,
     answer,
     best_of,
     headline,
@@ -73,7 +73,7 @@ def server_answer(results: Results) -> Answer:
     )
 
 
-def notes_of_engines(results: Results, found: Sequence[Served]) -> Iterator[Note]:
+def notes_of_engines(results: Results, found: Sequence[LoadPoint]) -> Iterator[Note]:
     """What the servers' own counts put in doubt."""
     load = results.question["workload"]
     # Requests of a file may begin alike, too.
@@ -148,12 +148,12 @@ def _ratio_table(ratios: Sequence[RatioRecord]) -> Table:
     return Table.of("A over B, median of rounds in pairs", _RATIOS, ratios)
 
 
-def clients_of(found: Sequence[Served]) -> list[tuple[Served, ClientRecord]]:
+def clients_of(found: Sequence[LoadPoint]) -> list[tuple[LoadPoint, ClientRecord]]:
     """The client's numbers of each load."""
     return [(each, each.serving.client) for each in found if each.serving.client is not None]
 
 
-def errors_of(found: Sequence[Served]) -> Iterator[Note]:
+def errors_of(found: Sequence[LoadPoint]) -> Iterator[Note]:
     """Failed requests of each load, by kind."""
     for each, client in clients_of(found):
         if client.num_failed:
@@ -172,7 +172,7 @@ def _failure(failure: FailureRecord) -> str:
     return f"{failure.name} × {failure.num_requests:,}{message}"
 
 
-def doubts_of(found: Sequence[Served]) -> Iterator[Note]:
+def doubts_of(found: Sequence[LoadPoint]) -> Iterator[Note]:
     """Notes on what distorts numbers; one sentence a kind, for the worst load."""
     clients = clients_of(found)
     ended = [client for _, client in clients if client.why_ended]
@@ -201,7 +201,7 @@ def doubts_of(found: Sequence[Served]) -> Iterator[Note]:
     yield from _lengths(clients)
 
 
-def _lengths(clients: Sequence[tuple[Served, ClientRecord]]) -> Iterator[Note]:
+def _lengths(clients: Sequence[tuple[LoadPoint, ClientRecord]]) -> Iterator[Note]:
     for name, asked_of, found_of in (
         ("prompts", "asked_prompt_len", "num_prompt_tokens"),
         ("outputs", "asked_output_len", "num_output_tokens"),
@@ -228,7 +228,7 @@ def _lengths(clients: Sequence[tuple[Served, ClientRecord]]) -> Iterator[Note]:
         yield "Events", f"{figures(num_tokens / num_events)} tokens in each; ITL is between events"
 
 
-def _sure(results: Results, found: Sequence[Served]) -> str:
+def _sure(results: Results, found: Sequence[LoadPoint]) -> str:
     rounds = results.question["rounds"]
     num = found[0].serving.num_requests or 0
     if rounds == 1:
@@ -237,11 +237,11 @@ def _sure(results: Results, found: Sequence[Served]) -> str:
     return told if rounds >= LEAST_RUNS else f"{told}; {LEAST_RUNS} or more give an interval"
 
 
-_LOAD: tuple[Column[tuple[Served, Any]], ...] = (
+_LOAD: tuple[Column[tuple[LoadPoint, Any]], ...] = (
     text("server", lambda pair: pair[0].record.name),
     text("load", lambda pair: pair[0].load),
 )
-OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
+OF_CLIENT: tuple[Column[tuple[LoadPoint, ClientRecord]], ...] = (
     *_LOAD,
     number("answered", lambda pair: pair[0].serving.num_requests, whole),
     number("failed", lambda pair: pair[1].num_failed, whole),
@@ -254,7 +254,7 @@ OF_CLIENT: tuple[Column[tuple[Served, ClientRecord]], ...] = (
         figures,
     ),
 )
-FAILED: tuple[Column[tuple[Served, FailureRecord]], ...] = (
+FAILED: tuple[Column[tuple[LoadPoint, FailureRecord]], ...] = (
     *_LOAD,
     text("error", lambda pair: pair[1].name),
     number("requests", lambda pair: pair[1].num_requests, whole),

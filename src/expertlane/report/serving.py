@@ -6,8 +6,8 @@ from typing import NamedTuple
 from expertlane.report.document import Answer, Column, Section, Table, Words, number, text
 from expertlane.report.loads import (
     NAME_COLUMNS,
+    LoadPoint,
     Note,
-    Served,
     answer,
     best_of,
     headline,
@@ -49,7 +49,7 @@ _FEW = 20  # requests
 _UNSURE = 0.2  # extrapolated share of the time, from which on a sentence says so
 
 
-def _named(results: Results) -> tuple[Column[Served], ...]:
+def _named(results: Results) -> tuple[Column[LoadPoint], ...]:
     """Columns that tell loads apart."""
     return (
         text(whose(results), lambda each: each.name, "measured"),
@@ -61,7 +61,7 @@ def throughput(results: Results) -> Table:
     """Requests and tokens a second under each load."""
     found = served(results)
     one_layout = len(results.deployments) == 1
-    columns: tuple[Column[Served], ...] = (
+    columns: tuple[Column[LoadPoint], ...] = (
         *_named(results),
         number("requests", lambda each: each.serving.num_requests, whole),
         number("output", lambda each: each.serving.output_tps, figures),
@@ -75,7 +75,7 @@ def throughput(results: Results) -> Table:
 
 
 class _Objective(NamedTuple):
-    of: Served
+    of: LoadPoint
     result: SLOResult
 
 
@@ -92,7 +92,7 @@ def objectives(results: Results) -> Iterator[Words]:
         number("low–high", lambda row: row.result.value, low_high_ms, "projected"),
         text("", lambda row: "met" if row.result.is_met else "missed"),
     )
-    goodput: tuple[Column[Served], ...] = (
+    goodput: tuple[Column[LoadPoint], ...] = (
         *_named(results),
         number("goodput, requests/s", lambda each: each.serving.goodput, figures),
         number("low–high", lambda each: each.serving.goodput, low_high, "projected"),
@@ -112,7 +112,7 @@ def cost(results: Results) -> Iterator[Words]:
     price = results.question.get("price")
     if price is None:
         return
-    columns: tuple[Column[Served], ...] = (
+    columns: tuple[Column[LoadPoint], ...] = (
         *_named(results),
         number("output tokens", lambda each: each.serving.usd_per_million_output, figures),
         number("low–high", lambda each: each.serving.usd_per_million_output, low_high, "projected"),
@@ -135,7 +135,7 @@ _SUMMARY: tuple[Column[Summary], ...] = (
 
 
 class _Latency(NamedTuple):
-    of: Served | None  # named in its first row alone
+    of: LoadPoint | None  # named in its first row alone
     name: str
     seconds: Summary | None
 

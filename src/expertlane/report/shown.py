@@ -35,7 +35,7 @@ def answer_text(answer: Answer) -> str:
     return re.sub(r" +$", "", stream.getvalue(), flags=re.MULTILINE)
 
 
-class _Shown:
+class _Display:
     """Something that has a report: it prints as its answer."""
 
     def _report(self) -> Report:
@@ -76,7 +76,7 @@ class Page:
 
 
 @dataclass(frozen=True, repr=False)
-class Results(Schema, _Shown):
+class Results(Schema, _Display):
     """What compare, plan, simulate or bench found; all of `results.json`.
 
     Times are in seconds, sizes in bytes, throughputs in tokens per second, shares from 0 to 1.
@@ -132,7 +132,7 @@ class Results(Schema, _Shown):
 
 
 @dataclass(frozen=True)
-class Difference(diff.Difference, _Shown):
+class Difference(diff.Difference, _Display):
     """Changes from A to B; `regressions` is empty where no common metric got worse."""
 
     @classmethod

@@ -172,7 +172,7 @@ class VirtualTime(Strict):
 
 
 @dataclass(frozen=True)
-class Judged(Strict):
+class Validation(Strict):
     """Error of projections of a kind, as judged against measurements.
 
     Attributes:
@@ -237,5 +237,5 @@ class Cluster(Strict):
     memory_bytes_per_s: float
     flops_per_s: float
     framework: str = ""
-    judged: Judged | None = None
+    judged: Validation | None = None
     nearest: KnownError | None = None

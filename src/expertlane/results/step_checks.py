@@ -40,7 +40,7 @@ class Place(NamedTuple):
 _AFTER_LAYERS = 1 << 30
 
 
-class Found(NamedTuple):
+class SilentError(NamedTuple):
     """A silent error.
 
     Attributes:
@@ -73,7 +73,7 @@ class Alike:
 
 
 @dataclass(frozen=True, eq=False)
-class Transferred:
+class TransferSums:
     """Checksums of transfers between a rank and others of a group.
 
     Attributes:
@@ -114,10 +114,10 @@ class RankChecks:
     layers: npt.NDArray[np.int64]
     chosen: npt.NDArray[np.int64]
     arrived: npt.NDArray[np.int64]
-    transferred: list[Transferred] = field(default_factory=list)
+    transferred: list[TransferSums] = field(default_factory=list)
 
 
-def first_found(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Found | None:
+def first_found(ranks: Sequence[int], checks: Sequence[RankChecks]) -> SilentError | None:
     """The earliest error of a step that any of its ranks saw; of several there, the lowest rank's.
 
     Args:
@@ -133,15 +133,15 @@ def first_found(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Found | N
     return min(found, key=lambda each: (each.place, each.ranks), default=None)
 
 
-def _faults(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found]:
+def _faults(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[SilentError]:
     for rank, own in zip(ranks, checks, strict=True):
         if own.texts:
-            yield Found(
+            yield SilentError(
                 Place(*own.places[0].tolist()), (rank,), f"rank {rank}, {{}}: {own.texts[0]}"
             )
 
 
-def _differences(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found]:
+def _differences(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[SilentError]:
     """The first place of each group where its ranks have different checksums."""
     groups: defaultdict[tuple[int, ...], dict[int, Alike]] = defaultdict(dict)
     for rank, own in zip(ranks, checks, strict=True):
@@ -165,11 +165,11 @@ def _differences(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator
         row = next((each for each in rows if len(set(each)) > 1), None)
         if row is None:
             longest = max(by_rank.values(), key=lambda each: len(each.sums))
-            yield Found(
+            yield SilentError(
                 Place(*longest.places[length].tolist()), members, f"{named(members)} {_FIRST}"
             )
             continue
-        yield Found(Place(*row[0][:3]), *_who_differs(members, row))
+        yield SilentError(Place(*row[0][:3]), *_who_differs(members, row))
 
 
 _FIRST = "differ first in {}"
@@ -189,7 +189,7 @@ def _who_differs(members: Sequence[int], values: Sequence[object]) -> tuple[tupl
 _Transfer = tuple[tuple[int, ...], int, int, int]  # the group, its number, from whom to whom
 
 
-def _transfers(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found]:
+def _transfers(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[SilentError]:
     """Transfers whose checksums differ between sender and receiver."""
     sent: dict[_Transfer, int] = {}
     came: dict[_Transfer, tuple[int, Place]] = {}
@@ -210,10 +210,10 @@ def _transfers(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[F
         if sent.get(key) != total:
             _, _, source, to = key
             text = f"data from rank {source} to rank {to} changed in transfer, in {{}}"
-            yield Found(place, (source, to), text)
+            yield SilentError(place, (source, to), text)
 
 
-def _pairs(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found]:
+def _pairs(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[SilentError]:
     """Layers in which not as many pairs of an expert arrived as were chosen."""
     by_layer: defaultdict[int, list[tuple[int, RankChecks, int]]] = defaultdict(list)
     for rank, own in zip(ranks, checks, strict=True):
@@ -233,7 +233,7 @@ def _pairs(ranks: Sequence[int], checks: Sequence[RankChecks]) -> Iterator[Found
                     "ranks that hold it"
                 )
                 place = Place.of(0, layer, CheckPoint.DISPATCH)
-                yield Found(place, tuple(rank for rank, _, _ in of_slice), text)
+                yield SilentError(place, tuple(rank for rank, _, _ in of_slice), text)
                 break
 
 

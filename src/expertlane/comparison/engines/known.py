@@ -12,7 +12,7 @@ from expertlane.planner.server_start import Place, server_start
 from expertlane.spec.names import EngineName
 
 
-class _Planned(Engine):
+class _PlannerEngine(Engine):
     """An engine whose options the planner writes."""
 
     name: ClassVar[EngineName]
@@ -74,7 +74,7 @@ class _Planned(Engine):
         return pool
 
 
-class Vllm(_Planned):
+class Vllm(_PlannerEngine):
     """vLLM: `vllm serve`."""
 
     name = "vllm"
@@ -85,7 +85,7 @@ class Vllm(_Planned):
     )
 
 
-class Sglang(_Planned):
+class Sglang(_PlannerEngine):
     """SGLang: `sglang.launch_server`."""
 
     name = "sglang"
@@ -96,14 +96,14 @@ class Sglang(_Planned):
     )
 
 
-class Trtllm(_Planned):
+class Trtllm(_PlannerEngine):
     """TensorRT-LLM: `trtllm-serve`."""
 
     name = "trtllm"
     title = "TensorRT-LLM"
 
 
-class Expertlane(_Planned):
+class Expertlane(_PlannerEngine):
     """expertlane: `expertlane serve`."""
 
     name = "expertlane"

@@ -16,7 +16,7 @@ from expertlane.cost.laws.profile import ARRIVAL_S, Execution, ModelledCluster, 
 from expertlane.cost.laws.times import Basis
 from expertlane.cost.step.operation import NumberTypes
 from expertlane.errors import SpecError, did_you_mean
-from expertlane.results.hardware import Cluster, Judged, KnownError, below_above
+from expertlane.results.hardware import Cluster, KnownError, Validation, below_above
 from expertlane.results.record import Conditions, DeploymentRecord
 from expertlane.results.results import Assumption, Results
 from expertlane.spec.deployment import DispatchForm
@@ -253,7 +253,7 @@ def _part_of_kind(part: str) -> str:
 
 
 # benchmarks/results/2026-11-25-bench_projection-final.json; nothing of it was fitted.
-CALIBRATED = Judged("step time, 36 deployments, after expertlane calibrate", 72, 0.056)
+CALIBRATED = Validation("step time, 36 deployments, after expertlane calibrate", 72, 0.056)
 
 
 def _is_measured(profile: Profile) -> bool:
@@ -278,7 +278,7 @@ class ServingKind(NamedTuple):
     num_ranks: int = 1
 
 
-def judged(profile: Profile, served: ServingKind) -> Judged | None:
+def judged(profile: Profile, served: ServingKind) -> Validation | None:
     """Error of projections of the same model, device, number type and way of serving, if known.
 
     A profile that was measured on its machine was judged as such. Others by their device's name,
@@ -289,7 +289,7 @@ def judged(profile: Profile, served: ServingKind) -> Judged | None:
     for each in judged_groups():
         is_kind = not any(_differences(each, profile, served))
         if is_kind and served.num_ranks <= each.most_ranks:
-            return Judged(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
+            return Validation(f"TPOT of {_what(each)}", each.num_rows, each.tpot)
     return None
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from expertlane.engine.comm.progress import NO_LAYER
-from expertlane.results.step_checks import Alike, Place, RankChecks, Transferred
+from expertlane.results.step_checks import Alike, Place, RankChecks, TransferSums
 from expertlane.spec.names import CheckLevel, CheckPoint
 
 
@@ -157,7 +157,7 @@ def _places(places: Iterable[Place]) -> np.ndarray:
     return np.array(list(places), dtype=np.int64).reshape(-1, 3)
 
 
-def _transferred(ranks: tuple[int, ...], rows: Sequence[tuple[Any, ...]]) -> Transferred:
+def _transferred(ranks: tuple[int, ...], rows: Sequence[tuple[Any, ...]]) -> TransferSums:
     places, *columns = zip(*rows, strict=True)
     numbers, peers, is_sent, sums = map(np.array, columns)
-    return Transferred(list(ranks), _places(places), numbers, peers, is_sent, sums)
+    return TransferSums(list(ranks), _places(places), numbers, peers, is_sent, sums)

@@ -250,7 +250,7 @@ _SIDES = tuple(side for side in product((1, -1, 0), (-1, 0, 1)) if any(side))
 
 
 @dataclass(frozen=True)
-class Placed:
+class NamePlace:
     """Place of a name.
 
     Attributes:
@@ -269,7 +269,7 @@ def placed(
     names: Sequence[str],
     size_px: _Place,
     lines: Sequence[Sequence[_Place]] = (),
-) -> list[Placed | None]:
+) -> list[NamePlace | None]:
     """Place of each name, in pixels; None where there is no room for it.
 
     Args:
@@ -278,7 +278,7 @@ def placed(
         size_px: width and height of the plot.
         lines: joined places; a name moves away from its point rather than cross one.
     """
-    named, found = _around([]), list[Placed | None]()
+    named, found = _around([]), list[NamePlace | None]()
     taken = _around([*points, *(place for line in lines for place in _along(line))])
     for point, name in zip(points, names, strict=True):
         boxes = _places(point, name, size_px) if name else _around([])
@@ -291,7 +291,7 @@ def placed(
             path = _around([*_along([point, lead])] if lead else [])
             if not _meet(path, named).any():
                 left, top, _, bottom = box.tolist()
-                found[-1] = Placed(left, (top + bottom) / 2, lead)
+                found[-1] = NamePlace(left, (top + bottom) / 2, lead)
                 named, taken = np.vstack([named, box]), np.concatenate([taken, path])
                 break
     return found
