@@ -6,7 +6,7 @@ from statistics import median
 
 import pytest
 
-from comparison.planted import Case, draw, results_of
+from comparison.planted import MISTAKES, Case, results_of
 from expertlane.comparison.corrections import fit_corrections
 from expertlane.comparison.points import COMPUTING, WHOLE, find_subject, points_of
 from expertlane.comparison.reprojection import Reprojection
@@ -19,7 +19,6 @@ from expertlane.spec.names import ProjectedCause
 
 HOST = Case(
     "host",
-    "paper-small",
     "b200x16",
     Execution.EAGER,
     ("tp=8", "dp=8,ep=8"),
@@ -195,9 +194,11 @@ def test_several_engines_are_refused(results, engine, message):
 
 @pytest.mark.full
 @pytest.mark.parametrize("has_terms", [True, False])
-@pytest.mark.parametrize("seed", range(10))
-def test_corrections_halve_the_error_of_a_planted_mistake(seed, has_terms):
-    on = fit([results_of(draw(seed, has_terms=has_terms))]).fitted_on
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_corrections_halve_the_error_of_a_planted_mistake(mistake, has_terms):
+    layouts = ("tp=8,pp=2", "dp=16,ep=16")
+    case = replace(HOST, mistake=mistake, layouts=layouts, prompt_len=512, has_terms=has_terms)
+    on = fit([results_of(case)]).fitted_on
     assert on.error_after < max(on.error_before / 2, 0.05)
 
 

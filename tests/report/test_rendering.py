@@ -17,11 +17,11 @@ from expertlane.report.document import Figure, Heading, Report, Section, Table
 from expertlane.report.sections import report_of
 from expertlane.report.setup import same_tokens, setup
 from expertlane.report.terminal import folded, folded_figure, folded_table
-from expertlane.results.record import RebalanceRecord
 from expertlane.results.results import Results
 from expertlane.spec.deployment import Deployment, Options
 from expertlane.spec.layout import Layout
 from report.shown import in_terminal, tables, with_traffic
+from report.test_snapshots import rebalanced
 
 
 def many() -> Results:
@@ -39,28 +39,6 @@ def many() -> Results:
 
 def alone() -> Results:
     return example.results([(example.SMALL, 0.1)], output_len=1, num_cores=1)
-
-
-def rebalanced() -> Results:
-    """Decisions with large numbers."""
-    taken = RebalanceRecord(
-        replica=0,
-        step=123_456,
-        switched=123_789,
-        gain_s=1234.5,
-        cost_s=5432.1,
-        num_bytes=987_000_000,
-        predicted_before=12.3,
-        predicted_after=10.1,
-        load_before=12.3,
-        load_after=10.2,
-        experts_s_before=1234.5,
-        experts_s_after=1111.1,
-    )
-    given = example.usual()
-    *others, last = given.deployments
-    late = replace(taken, switched=None, gain_s=9999.9, load_after=None, experts_s_after=None)
-    return replace(given, deployments=(*others, replace(last, rebalances=(taken, late))))
 
 
 def pieces(texts: Iterable[str]) -> Counter[str]:

@@ -19,7 +19,6 @@ from expertlane.report.document import (
     number,
     text,
 )
-from expertlane.report.engine_counts import counted_by_servers, over_time
 from expertlane.report.load_plots import MOST_SPREADS, spread_of
 from expertlane.report.loads import Note, headline, served
 from expertlane.report.numbers import (
@@ -33,9 +32,7 @@ from expertlane.report.numbers import (
     whole,
 )
 from expertlane.report.servers import (
-    FAILED,
-    OF_CLIENT,
-    clients_of,
+    client_and_servers,
     doubts_of,
     errors_of,
     notes_of_engines,
@@ -244,10 +241,6 @@ def _certainty(records: Sequence[DeploymentRecord]) -> str:
 def servers_sections(results: Results) -> tuple[Section, ...]:
     """All sections of a comparison of servers."""
     measured = _measured(results)
-    found = served(measured)
-    clients = clients_of(found)
-    failures = [(each, one) for each, client in clients for one in client.failures]
-    failed = (Table.of("Failed requests", FAILED, failures),) if failures else ()
     failures_told = tuple(f"{words}." for _, words in _failed(measured.deployments))
     pairs = (Table.of("", _PAIRS, results.ratios),) if results.ratios else ()
     by_name = {each.name: each for each in measured.deployments}
@@ -266,10 +259,12 @@ def servers_sections(results: Results) -> tuple[Section, ...]:
         Section("Deployments (measured)", (_table(measured.deployments, base),), "top", "answer"),
         Section("Failed", failures_told, "top", "sure"),
         Section("Latency, ms (measured)", (latency(measured),), chapter="answer"),
-        Section("Client", (Table.of("", OF_CLIENT, clients), *failed), chapter="sure"),
-        counted_by_servers(found, list(notes_of_engines(results, found))),
-        over_time(found),
-        Section("Differences between servers", tuple(_differences(measured)), chapter="setup"),
+        *client_and_servers(measured),
+        Section(
+            "Differences between servers",
+            tuple(filter(None, (table_of(measured.deployments),))),
+            chapter="setup",
+        ),
         Section("Servers", tuple(_servers(measured)), chapter="setup"),
     )
 
@@ -289,12 +284,6 @@ _SERVERS: tuple[Column[DeploymentRecord], ...] = (
     number("start, s", lambda each: _start_s(each), figures),
     text("command or URL", lambda each: each.server and (each.server.command or each.server.url)),
 )
-
-
-def _differences(results: Results) -> Iterator[Words]:
-    table = table_of(results.deployments)
-    if table is not None:
-        yield table
 
 
 def _servers(results: Results) -> Iterator[Words]:

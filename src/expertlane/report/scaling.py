@@ -6,7 +6,6 @@ from expertlane.report.compared import (
     OTHER,
     Comparison,
     OverlapPair,
-    Row,
     Size,
     scaling,
     step_difference,
@@ -19,12 +18,11 @@ from expertlane.report.numbers import (
     bytes_si,
     counted,
     figures,
-    low_high_thousands,
     milliseconds,
     percent,
     times,
 )
-from expertlane.report.speed import BEYOND, NAMED, tps, unit_of
+from expertlane.report.speed import BEYOND, tps, unit_of
 from expertlane.results.record import RUN, Source
 from expertlane.results.results import Results
 
@@ -104,26 +102,13 @@ def sizes(results: Results, comparison: Comparison) -> Section:
     if found:
         parts = [sizes_sentence(found, unit), *_sizes_tables(found, source)]
         parts += _beyond(found) if source == "projected" else []
-    if comparison.is_run:
+    if source == "measured" and results.measured_on.is_oversubscribed:
         machine = results.measured_on
-        if source == "measured" and machine.is_oversubscribed:
-            num_cores = counted(machine.num_cores, "core")
-            parts.append(
-                f"{machine.num_ranks} ranks share {num_cores}, so TPS per rank must fall; "
-                f"read the critical path instead."
-            )
-        columns: tuple[Column[Row], ...] = (
-            *NAMED,
-            number("ranks", lambda row: row.record.num_ranks),
-            number("TPS per rank", lambda row: row.tps_per_rank, figures),
-            number(
-                "critical-path TPS per rank",
-                lambda row: row.critical_path_tps_per_rank,
-                figures,
-                "wall",
-            ),
+        num_cores = counted(machine.num_cores, "core")
+        parts.append(
+            f"{machine.num_ranks} ranks share {num_cores}, so TPS per rank must fall; "
+            f"read the critical path instead."
         )
-        parts.append(Table.of(f"Per rank, {comparison.phase}", columns, comparison.rows, source))
     return Section(_heading(source, "Scaling"), tuple(parts))
 
 
@@ -202,16 +187,10 @@ def _sizes_tables(found: Sequence[Size], source: Source) -> list[Table]:
             "wall",
         ),
     )
-    bounds: tuple[Column[Size], ...] = (
-        columns[0],
-        number("same workload", lambda size: size.step.tps, low_high_thousands),
-        number("same sequences per GPU", lambda size: size.share.tps, low_high_thousands),
-    )
-    if source == "projected":
-        extra = Table.of("Bounds, 1000 TPS", bounds, found)
-    else:
-        extra = Table.of("Growing ep, same sequences per rank", of_share, found, source)
-    return [Table.of("Growing ep", columns, found, source), extra]
+    tables = [Table.of("Growing ep", columns, found, source)]
+    if source != "projected":
+        tables.append(Table.of("Growing ep, same sequences per rank", of_share, found, source))
+    return tables
 
 
 def _beyond(found: Sequence[Size]) -> list[str]:

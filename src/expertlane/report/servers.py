@@ -241,7 +241,7 @@ _LOAD: tuple[Column[tuple[LoadPoint, Any]], ...] = (
     text("server", lambda pair: pair[0].record.name),
     text("load", lambda pair: pair[0].load),
 )
-OF_CLIENT: tuple[Column[tuple[LoadPoint, ClientRecord]], ...] = (
+_OF_CLIENT: tuple[Column[tuple[LoadPoint, ClientRecord]], ...] = (
     *_LOAD,
     number("answered", lambda pair: pair[0].serving.num_requests, whole),
     number("failed", lambda pair: pair[1].num_failed, whole),
@@ -254,7 +254,7 @@ OF_CLIENT: tuple[Column[tuple[LoadPoint, ClientRecord]], ...] = (
         figures,
     ),
 )
-FAILED: tuple[Column[tuple[LoadPoint, FailureRecord]], ...] = (
+_FAILED: tuple[Column[tuple[LoadPoint, FailureRecord]], ...] = (
     *_LOAD,
     text("error", lambda pair: pair[1].name),
     number("requests", lambda pair: pair[1].num_requests, whole),
@@ -264,18 +264,24 @@ FAILED: tuple[Column[tuple[LoadPoint, FailureRecord]], ...] = (
 
 def of_servers(results: Results) -> tuple[Section, ...]:
     """All sections of a client's measurements."""
-    found = served(results)
-    clients = clients_of(found)
-    failures = [(each, one) for each, client in clients for one in client.failures]
     compared = (_ratio_table(results.ratios),) if results.ratios else ()
-    failed = (Table.of("Failed requests", FAILED, failures),) if failures else ()
-    client = Table.of("", OF_CLIENT, clients)
     return (
         Section("Verdict", (verdict(results) or headline(results),), "top", "answer"),
         Section("", tuple(cautions(results)), "top", "sure"),
         Section("Differences", compared, "top", "answer"),
         *by_load(results),
-        Section("Client", (client, *failed), chapter="sure"),
+        *client_and_servers(results),
+    )
+
+
+def client_and_servers(results: Results) -> tuple[Section, ...]:
+    """Sections of the client's numbers, and of the servers' own metrics."""
+    found = served(results)
+    clients = clients_of(found)
+    failures = [(each, one) for each, client in clients for one in client.failures]
+    failed = (Table.of("Failed requests", _FAILED, failures),) if failures else ()
+    return (
+        Section("Client", (Table.of("", _OF_CLIENT, clients), *failed), chapter="sure"),
         counted_by_servers(found, list(notes_of_engines(results, found))),
         over_time(found),
     )
