@@ -217,7 +217,7 @@ def test_pointing_at_a_timeline_tells_what_is_there(opened):
         told = re.fullmatch(r"(.*), rank (\d+): from ([\d.]+) ms, ([\d.]+) ms", words)
         assert told, words
         assert told[2] == timeline.rows[0]
-        drawn = [each for each in timeline.stretches[told[1]] if each.row == 0]
+        drawn = [each for each in timeline.segments[told[1]] if each.row == 0]
         assert any(
             float(told[3]) == pytest.approx(each.begin_us / 1e3, abs=tolerance, rel=1e-3)
             and float(told[4]) <= sum(one.duration_us for one in drawn) / 1e3 + tolerance

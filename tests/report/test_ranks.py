@@ -27,11 +27,11 @@ def drawn(ranks: list[list[tuple[int, Stage, int, float, float]]], **how: bool) 
     return chart
 
 
-def stretches(chart: Chart, lane: int = 0) -> set[tuple[str, int, float, float]]:
+def segments(chart: Chart, lane: int = 0) -> set[tuple[str, int, float, float]]:
     """What, row, from when and to when in ms."""
     assert isinstance(chart.spec, Lanes)
     found = set()
-    for kind, of_kind in chart.spec.stretches.items():
+    for kind, of_kind in chart.spec.segments.items():
         for each in (each for each in of_kind if each.lane == lane):
             end_us = each.begin_us + each.duration_us
             found.add((kind, each.row, round(each.begin_us / 1e3, 6), round(end_us / 1e3, 6)))
@@ -46,7 +46,7 @@ def test_in_a_pipeline_the_time_without_work_is_its_bubble():
             [(COMPUTE, Stage.ATTENTION, 0, 1, 3), (COMPUTE, Stage.HAND_OVER, -1, 7, 10)],
         ]
     )  # fmt: skip
-    assert stretches(chart) == {
+    assert segments(chart) == {
         (Cause.ATTENTION, 0, 0, 2),
         (Cause.DISPATCH_COMBINE, 0, 2, 4),
         (Cause.WAITING, 0, 4, 6),
@@ -69,7 +69,7 @@ def test_without_a_pipeline_gaps_are_waits_before_and_after_idle():
             [(COMPUTE, Stage.ATTENTION, 0, 1, 10)],
         ]
     )
-    assert stretches(chart) == {
+    assert segments(chart) == {
         (Cause.ATTENTION, 0, 0, 2),
         (Cause.WAITING, 0, 2, 6),
         (Cause.EXPERTS, 0, 6, 8),
@@ -81,8 +81,8 @@ def test_without_a_pipeline_gaps_are_waits_before_and_after_idle():
 
 def test_what_computing_hides_is_in_a_lane_of_its_own():
     chart = drawn([[(COMPUTE, Stage.EXPERTS, 0, 0, 8), (NETWORK, Stage.COMBINE, 0, 6, 10)]])
-    assert stretches(chart) == {(Cause.EXPERTS, 0, 0, 8), (Cause.DISPATCH_COMBINE, 0, 8, 10)}
-    assert stretches(chart, lane=1) == {(Cause.DISPATCH_COMBINE, 0, 6, 8)}
+    assert segments(chart) == {(Cause.EXPERTS, 0, 0, 8), (Cause.DISPATCH_COMBINE, 0, 8, 10)}
+    assert segments(chart, lane=1) == {(Cause.DISPATCH_COMBINE, 0, 6, 8)}
     assert chart.spec.num_lanes == 2
     assert tells(chart.note, "transfers hides")
     table = dict(zip([c.heading for c in chart.table.columns], chart.table.rows[0], strict=True))
@@ -104,9 +104,9 @@ def test_in_wall_time_a_rank_without_a_core_is_not_idle():
         (Cause.HEAD, 1, 3, 10),
     }
     shared = drawn(rows, is_measured=True, shares_cores=True)
-    assert stretches(shared) == both | {(Gap.DESCHEDULED, 1, 0, 3)}
+    assert segments(shared) == both | {(Gap.DESCHEDULED, 1, 0, 3)}
     own = drawn(rows, is_measured=True)
-    assert stretches(own) == both | {(Cause.PIPELINE_BUBBLE, 1, 0, 3)}
+    assert segments(own) == both | {(Cause.PIPELINE_BUBBLE, 1, 0, 3)}
     assert own.spec.num_lanes == 1
 
 
@@ -121,7 +121,7 @@ def test_short_stretches_are_one_with_what_is_around_them():
         )
     ]
     chart = drawn([rows])
-    assert stretches(chart) == {(Cause.EXPERTS, 0, 0, 10)}
+    assert segments(chart) == {(Cause.EXPERTS, 0, 0, 10)}
     table = dict(zip([c.heading for c in chart.table.columns], chart.table.rows[0], strict=True))
     assert (table[Cause.EXPERTS], table[Cause.ROUTER]) == ("9.00", "1.00")
 
@@ -135,5 +135,5 @@ def test_all_of_a_group_share_one_axis(rank_begins):
     )  # fmt: skip
     group = timelines_chart("title", {"long": (long, ""), "short": (short, "")})
     assert [chart.spec.until_us for _, chart in group.charts] == [2e6, 2e6]
-    ((stretch,),) = (each for each in group.charts[1][1].spec.stretches.values() if each)
-    assert (stretch.begin_us, stretch.duration_us) == (0.0, pytest.approx(1e6))
+    ((segment,),) = (each for each in group.charts[1][1].spec.segments.values() if each)
+    assert (segment.begin_us, segment.duration_us) == (0.0, pytest.approx(1e6))

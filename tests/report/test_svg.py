@@ -8,7 +8,7 @@ import pytest
 
 from expertlane.report.charts.svg import svg
 from expertlane.report.charts.timeline import UNITS, lanes_svg, ticks
-from expertlane.report.document import Lanes, Stretch
+from expertlane.report.document import Lanes, Segment
 
 
 def bars(names, colour="--compute-1", **more):
@@ -88,12 +88,12 @@ def test_many_squares_are_a_path_a_colour():
 
 
 def lanes(**more):
-    stretches = {
-        "experts": (Stretch(0, 0, 0.0, 500.0), Stretch(1, 0, 250.0, 500.0)),
-        "idle": (Stretch(0, 0, 500.0, 0.001), Stretch(0, 0, 500.01, 0.001)),
+    segments = {
+        "experts": (Segment(0, 0, 0.0, 500.0), Segment(1, 0, 250.0, 500.0)),
+        "idle": (Segment(0, 0, 500.0, 0.001), Segment(0, 0, 500.01, 0.001)),
     }
     return Lanes(
-        **({"rows": ("0", "5"), "num_lanes": 1, "until_us": 1000.0} | more), stretches=stretches
+        **({"rows": ("0", "5"), "num_lanes": 1, "until_us": 1000.0} | more), segments=segments
     )
 
 

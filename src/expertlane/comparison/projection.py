@@ -391,22 +391,22 @@ class ExperimentProjector:
 
     def _row(self, deployment: Deployment, at: Conditions) -> DeploymentRecord:
         num_seqs = self._experiment.workload.num_sequences
-        room = self._room(deployment)
+        capacity = self._capacity(deployment)
         projector = self._steps(deployment, at)
-        sizes = [self._prefill_size] if room.max_seqs else []
+        sizes = [self._prefill_size] if capacity.max_seqs else []
         for context in self._contexts:
             resident = self._resident(deployment, context)
             sizes.append(StepSize(num_seqs, 1, context, fits=resident >= num_seqs))
             if 0 < resident < num_seqs:
                 sizes.append(StepSize(resident, 1, context))
-        pool = replace(room.record(), num_resident=room.num_resident)
+        pool = replace(capacity.record(), num_resident=capacity.num_resident)
         steps = map(projector.step, sizes)
         return replace(_record(deployment, at, pool, steps), is_baseline=deployment.is_baseline)
 
     def _resident(self, deployment: Deployment, context: int) -> int:
-        return self._room(deployment, context + 1).num_resident
+        return self._capacity(deployment, context + 1).num_resident
 
-    def _room(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
+    def _capacity(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
         model, layout, workload = self._model, deployment.layout, self._experiment.workload
         placements = self._placed(deployment)
         return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
@@ -441,12 +441,12 @@ class ExperimentProjector:
         projector = self._steps(deployment, self._usual, cluster)
         num_all = self._experiment.workload.num_sequences
         share = self._experiment.num_sequences_alike(layout)
-        room = self._room(deployment, context + 1)
+        capacity = self._capacity(deployment, context + 1)
         of_layer = next(filter(None, self._placed(deployment)), None)
         sizes = self._sizes(deployment, context, dict.fromkeys((num_all, share)))  # once if alike
         pool = PoolRecord(
-            weight_bytes=room.memory.weight_bytes,
-            allowed_bytes=int(room.free_bytes),
+            weight_bytes=capacity.memory.weight_bytes,
+            allowed_bytes=int(capacity.free_bytes),
             num_slots_per_rank=max(map(len, of_layer.experts_of_rank)) if of_layer else 0,
         )
         steps = map(projector.step, sizes)

@@ -142,7 +142,7 @@ class Legend:
 
 
 @dataclass(frozen=True)
-class Stretch:
+class Segment:
     """Begin and duration of something in a row of `Lanes`; `lane` counts from the top."""
 
     row: int
@@ -158,13 +158,13 @@ class Lanes:
     Attributes:
         rows: names of the rows, from the top.
         until_us: end of the time axis.
-        stretches: by kind, as in the chart's legend.
+        segments: by kind, as in the chart's legend.
     """
 
     rows: tuple[str, ...]
     num_lanes: int
     until_us: float
-    stretches: Mapping[str, tuple[Stretch, ...]]
+    segments: Mapping[str, tuple[Segment, ...]]
 
 
 @dataclass(frozen=True)

@@ -355,7 +355,7 @@ def _queues(loads: Iterable[ServingRecord]) -> Iterator[Note]:
 
 
 def _sampling(serving: ServingRecord) -> Iterator[Note]:
-    """Uncertainty of the stretch: how far a longer one of the same load might differ."""
+    """Uncertainty of the sample: how far a longer one of the same load might differ."""
     sample = serving.sample
     if sample is None:
         return
@@ -444,12 +444,12 @@ def _held_back(results: Results, record: DeploymentRecord) -> Iterator[str]:
     wanted, layout = record.best_load.batch, record.known_layout
     slots = layout.dp * layout.replicas * results.question["serving"]["max_num_seqs"]
     for pool in record.pools:
-        running, room = pool.most_running or 0, pool.num_resident or 0
+        running, num_fitting = pool.most_running or 0, pool.num_resident or 0
         if pool.role == "prefill" or wanted is None or running >= wanted:
             continue
-        is_fed_less = pool.role == "decode" and running < _NEARLY * min(wanted, slots, room)
-        if is_fed_less or room < min(wanted, slots) or slots < wanted:
-            lacking = "--max-num-seqs" if slots <= room else "memory"
+        is_fed_less = pool.role == "decode" and running < _NEARLY * min(wanted, slots, num_fitting)
+        if is_fed_less or num_fitting < min(wanted, slots) or slots < wanted:
+            lacking = "--max-num-seqs" if slots <= num_fitting else "memory"
             if is_fed_less:
                 lacking = "prefill"
             said = places(record.best_load, wanted, f", limited by {lacking}")

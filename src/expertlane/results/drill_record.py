@@ -91,8 +91,8 @@ class HealthRecord(Strict):
 
     Attributes:
         asked_s, statuses: [num_samples]; HTTP status of each answer, 0 for none in time.
-        well_but_silent_s: longest stretch in which it said 200 while no request got a token.
-        ill_but_well_s: longest stretch in which it said something else while all was well.
+        well_but_silent_s: longest time in which it said 200 while no request got a token.
+        ill_but_well_s: longest time in which it said something else while all was well.
         is_known: false where the server has no such route.
     """
 

@@ -118,13 +118,13 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True)
 class SampleRecord(Strict):
-    """A stretch of a load in its steady state, which the record rests on.
+    """A sample of a load in its steady state, on which the record is based.
 
     Attributes:
         num_decoding, num_waiting: requests after and before their first token, on average.
         offered: requests a second that arrive; more than are served where a queue would grow
             without end. None in a closed loop.
-        intervals: 90 % intervals that a stretch of this length leaves of likely values: of
+        intervals: 90 % intervals that a sample of this length leaves of likely values: of
             `output_tps`, and by `metric.statistic` as objectives have it, in seconds.
     """
 
@@ -166,7 +166,7 @@ class ServingRecord(Strict):
         good_share: share of such requests.
         client: the client's numbers, where a server was measured from outside.
         engine: what that server's own metrics tell; None where it has none.
-        sample: the stretch of a steady state; None where all requests were served to the last.
+        sample: the sample of a steady state; None where all requests were served to the last.
         usd_per_million_output, usd_per_million_total: dollars for a million output tokens, or
             prompt and output tokens, by the price of devices; None without one.
     """

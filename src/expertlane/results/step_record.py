@@ -13,7 +13,7 @@ from expertlane.spec.names import Phase
 
 @dataclass(frozen=True, eq=False)
 class RankEvents:
-    """Stretches of one rank's time in a step, N of them.
+    """Intervals of one rank's time in a step, N of them.
 
     Attributes:
         start_s: origin of the times, on a clock that ranks of one host share.
@@ -22,7 +22,7 @@ class RankEvents:
         layer: [N]; hidden layer, -1 outside of any.
         micro_batch: [N].
         begin_s, end_s: [N]; from `start_s`.
-        flops, num_bytes: [N]; where they are known for each stretch, else empty. Bytes are sent
+        flops, num_bytes: [N]; where they are known for each interval, else empty. Bytes are sent
             on the network, read on the others.
     """
 
@@ -137,7 +137,7 @@ class RankRecord(RankCounts):
         topk_ids: by MoE layer of this rank's stage, [num_tokens, num_experts_per_tok] int32; the
             logical experts that its own tokens chose, in the order of computation, which is the
             same in all layers. Empty unless the plan asked for it.
-        events: stretches of its time; None unless the plan asked for them.
+        events: intervals of its time; None unless the plan asked for them.
         operations: for replay; None unless the plan asked for them.
         transfers_s: [2]; in virtual time, seconds that dispatch and combine were in flight, and
             those of them that the rank waited for; else None.

@@ -31,7 +31,7 @@ _DIGITS, _TRACE_DIGITS = 1, 3  # decimals of microseconds
 
 @dataclass(frozen=True)
 class RankTimeline(Strict):
-    """One rank's stretches of time, N of them, by when they begin.
+    """One rank's intervals of time, N of them, by when they begin.
 
     Attributes:
         track, stage: [N]; places in `tracks` and `stages` of the step.

@@ -1,5 +1,5 @@
 "use strict";
-// The page is whole and open without this: it folds what matters less, adds what a stretch of a
+// The page is whole and open without this: it folds what matters less, adds what a segment of a
 // timeline is, and opens all on paper.
 (() => {
   for (const each of document.querySelectorAll("details[data-folded]")) each.open = false;
@@ -36,7 +36,7 @@
     });
   }
 
-  // Timelines of a group show the same stretch of time.
+  // Timelines of a group show the same period.
   for (const group of document.querySelectorAll(".timelines")) {
     const scrolled = [...group.querySelectorAll(".time")];
     for (const one of scrolled) {

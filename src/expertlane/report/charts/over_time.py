@@ -15,7 +15,7 @@ _Channel = Callable[[str], Spec]  # the time axis of a field
 
 @dataclass(frozen=True)
 class Strip:
-    """A stretch of time with a colour, below the plot.
+    """A period with a colour, below the plot.
 
     Attributes:
         label: its meaning, one of the chart's legend.

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from markupsafe import Markup, escape
 
 from expertlane.report.charts.colours import OF_CAUSE, OF_GAP
-from expertlane.report.document import Chart, Heading, Lanes, Legend, Stretch, Table, Timelines
+from expertlane.report.document import Chart, Heading, Lanes, Legend, Segment, Table, Timelines
 from expertlane.report.numbers import counted, milliseconds, percent
 from expertlane.results.metrics import CAUSE_OF_STAGE
 from expertlane.results.timeline import RankTimeline, StepTimeline
@@ -35,8 +35,8 @@ class _Rank:
     """A rank's time by kind of work.
 
     Attributes:
-        edges_us: [N + 1]; ends of N stretches, in each of which nothing begins or ends.
-        spent: by kind, [N]; whether a stretch is of it.
+        edges_us: [N + 1]; ends of N segments, in each of which nothing begins or ends.
+        spent: by kind, [N]; whether a segment is of it.
         hidden: likewise; on a model's step, transfers hidden by computing.
     """
 
@@ -46,13 +46,13 @@ class _Rank:
     hidden: dict[str, _Mask]
 
     def until_us(self, mask: _Mask, at: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-        """Time of the mask's stretches before each moment."""
+        """Time of the mask's segments before each moment."""
         spent = np.concatenate([[0.0], np.cumsum(np.diff(self.edges_us) * mask)])
         until: npt.NDArray[np.float64] = np.interp(at, self.edges_us, spent)
         return until
 
     def us(self, mask: _Mask | None) -> float:
-        """Length of the mask's stretches."""
+        """Length of the mask's segments."""
         return 0.0 if mask is None else float((np.diff(self.edges_us) * mask).sum())
 
 
@@ -63,7 +63,7 @@ def timelines_chart(
     is_measured: bool = False,
     shares_cores: bool = False,
 ) -> Timelines:
-    """A timeline a deployment, all over the same stretch of time.
+    """A timeline a deployment, all over the same period.
 
     Args:
         timelines: by deployment, at least one, each with a note on it.
@@ -110,7 +110,7 @@ def _rank(rank: RankTimeline, step: StepTimeline, is_measured: bool, shares_core
 
 
 def _mask(spans: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> _Mask:
-    """[N]; whether any of the spans [M, 2] is over each stretch between two of its ends."""
+    """[N]; whether any of the spans [M, 2] is over each segment between two of its ends."""
     num_open = np.zeros(len(edges), dtype=np.int64)
     np.add.at(num_open, np.searchsorted(edges, spans[:, 0]), 1)
     np.add.at(num_open, np.searchsorted(edges, spans[:, 1]), -1)
@@ -119,7 +119,7 @@ def _mask(spans: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> _Ma
 
 
 def _kind(track: str, stage: str, is_measured: bool) -> str | None:
-    """The kind of a stretch; None for what is no part of a step."""
+    """The kind of a segment; None for what is no part of a step."""
     cause = _CAUSES.get(stage)
     if track == Track.DESCHEDULED:
         return str(Gap.DESCHEDULED)
@@ -141,13 +141,13 @@ def _is_pipeline(step: StepTimeline) -> bool:
 def _gaps(
     taken: _Mask, arrivals: _Mask, is_pipeline: bool, is_late: bool
 ) -> Iterable[tuple[Gap | Cause, _Mask]]:
-    """The stretches in which a rank does nothing, by kind.
+    """The segments in which a rank does nothing, by kind.
 
     Between its first and its last event it waits, for the pipeline stage before where that sends
     next.
 
     Args:
-        arrivals: its stretches of PP send/recv.
+        arrivals: its segments of PP send/recv.
         is_late: whether a rank that begins late was waiting for a core.
     """
     if not taken.any():
@@ -230,7 +230,7 @@ def _lanes(
 ) -> Lanes:
     """Lanes of bins, each of the kind that takes most of it; equal neighbours are merged."""
     edges = np.linspace(0.0, until_us, _NUM_BINS + 1)
-    stretches: dict[str, list[Stretch]] = {kind: [] for kind in kinds}
+    segments: dict[str, list[Segment]] = {kind: [] for kind in kinds}
     for row, rank in enumerate(ranks):
         for lane, masks in enumerate([rank.spent, rank.hidden][: 1 + has_hidden]):
             in_bins = [np.diff(rank.until_us(mask, edges)) for mask in masks.values()]
@@ -239,13 +239,13 @@ def _lanes(
             for place, run in groupby(np.vstack([*in_bins, empty]).argmax(axis=0).tolist()):
                 begin, end = end, end + len(list(run))
                 if place < len(masks):
-                    stretch = Stretch(row, lane, edges[begin], edges[end] - edges[begin])
-                    stretches[list(masks)[place]].append(stretch)
+                    segment = Segment(row, lane, edges[begin], edges[end] - edges[begin])
+                    segments[list(masks)[place]].append(segment)
     return Lanes(
         tuple(rank.name for rank in ranks),
         1 + has_hidden,
         until_us,
-        {kind: tuple(each) for kind, each in stretches.items()},
+        {kind: tuple(each) for kind, each in segments.items()},
     )
 
 
@@ -257,16 +257,16 @@ _US_PER_MS = 1e3
 
 
 def lanes_svg(lanes: Lanes, colours: Mapping[str, str]) -> Markup:
-    """The `svg` element; one path for all stretches of a kind, to keep thousands small.
+    """The `svg` element; one path for all segments of a kind, to keep thousands small.
 
     Args:
         colours: a variable of the page's style sheet, by kind.
     """
     height = len(lanes.rows) * _row(lanes)
     paths = "".join(
-        f'<path stroke="var({escape(colours[kind])})" d="{_path(lanes, stretches)}">'
+        f'<path stroke="var({escape(colours[kind])})" d="{_path(lanes, segments)}">'
         f"<title>{escape(kind)}</title></path>"
-        for kind, stretches in lanes.stretches.items()
+        for kind, segments in lanes.segments.items()
     )
     return Markup(
         f'<svg viewBox="0 0 {UNITS} {height}" preserveAspectRatio="none" fill="none" '
@@ -280,10 +280,10 @@ def _row(lanes: Lanes) -> int:
     return _LANE * lanes.num_lanes + _GAP
 
 
-def _path(lanes: Lanes, stretches: Iterable[Stretch]) -> str:
+def _path(lanes: Lanes, segments: Iterable[Segment]) -> str:
     """A path of lines as thick as a lane; gaps under a pixel are closed."""
     by_lane: dict[tuple[int, int], list[list[int]]] = {}
-    for each in sorted(stretches, key=lambda each: each.begin_us):
+    for each in sorted(segments, key=lambda each: each.begin_us):
         begin = round(each.begin_us / lanes.until_us * UNITS)
         end = max(begin + 1, round((each.begin_us + each.duration_us) / lanes.until_us * UNITS))
         drawn = by_lane.setdefault((each.row, each.lane), [])
