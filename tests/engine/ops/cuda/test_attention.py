@@ -109,7 +109,7 @@ def test_splits_follow_from_bounds():
     assert asked == [(1, 1, 32), (2,)]
 
 
-@pytest.mark.smoke(3)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "dims"),
@@ -121,7 +121,7 @@ def test_wide_heads(heads, dims, dtype, is_float8):
     compare([(20, 1), (3, 5)], 16, heads, dims, None, False, dtype, is_float8=is_float8)
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full
 @pytest.mark.parametrize("card", [90, 100])
 @pytest.mark.parametrize(
     ("heads", "dims", "sequences", "num_splits", "is_float8"),

@@ -35,14 +35,6 @@ def test_queries_and_keys_are_normed_then_rotated_by_their_positions():
         torch.testing.assert_close(compiled.norm_and_rotate(*given, interleave=True), expected)
 
 
-@pytest.mark.parametrize("is_gated", [False, True])
-def test_activations_are_rounded_once(is_gated):
-    x, activation = random(BFLOAT16, 5, 48), Activation("silu")
-    gate, up = x.float().chunk(2, dim=1) if is_gated else (None, x.float())
-    found = compiled.activate(x, activation, is_gated=is_gated)
-    torch.testing.assert_close(found, activation(gate, up).to(BFLOAT16))
-
-
 @pytest.mark.parametrize("dims", [(8, 8), (36, 0)], ids=["values", "a latent"])
 @pytest.mark.parametrize("is_float8", [False, True])
 def test_keys_and_values_are_stored_as_the_cache_stores_them(dims, is_float8):

@@ -99,6 +99,7 @@ def test_experts_of_two_kinds_do_not_suit():
     assert not CudaExperts.suits([*plain, *biased])
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("counts", [[700, 5], [0, 641], [64, 300], [1, 0]])
 def test_the_order_of_programs_of_many_rows_leaves_out_no_tile(counts, monkeypatch):
     """More tiles of rows than the eight that go together, the last ones fewer; two of columns."""
@@ -112,6 +113,7 @@ def test_the_order_of_programs_of_many_rows_leaves_out_no_tile(counts, monkeypat
     assert_near(found, torch.cat([part @ each.T for part, each in parts]).half(), 4)
 
 
+@pytest.mark.full
 def test_one_matrix_of_many_rows_has_wide_tiles():
     x, weight = random(torch.float16, 257, 64), random(torch.float16, 1, 264, 64, seed=1)
     matrices = Matrices(weight, None, None)

@@ -73,7 +73,7 @@ def given(sequences, dims=(16, 16), dtype=torch.float16, heads=(4, 2), block_siz
     return random(dtype, len(batch.slots), heads[0], dims[0], seed=2), cache, batch
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("window", [None, 1, 20])
 @pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
 def test_prompts_are_those_of_our_kernel(calls, window, heads):

@@ -94,7 +94,7 @@ def test_products(num_rows, sizes, scales, has_bias, dtype, num_splits):
     assert_near(found, reference(x[:, 2:].float()).to(dtype), steps=4)
 
 
-@pytest.mark.smoke(2)
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("scales", [(128, 128), (128, 1), (4096, 1)], ids=str)
 @pytest.mark.parametrize("num_rows", [40, 70], ids=["tiles of 64", "tiles of 128"])
 def test_a_token_gets_the_same_whatever_the_tile(num_rows, scales):

@@ -74,6 +74,7 @@ def test_products(kind, num_rows, sizes, place, has_bias, dtype, num_splits):
     assert torch.equal(again(x), ours(x))
 
 
+@pytest.mark.smoke(1)
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])
 @pytest.mark.parametrize("num_rows", [64, 130], ids=["tiles of 64", "tiles of 128"])
 def test_products_of_many_rows(kind, num_rows):
@@ -155,6 +156,7 @@ def test_experts_of_two_kinds_do_not_suit():
     assert not CudaExperts.suits([Expert(up=int8[0].up, down=int8[0].down, gate=float8[0].gate)])
 
 
+@pytest.mark.smoke(2)
 @pytest.mark.parametrize("kind", ["int8", "float8", "mxfp4"])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_mlps(kind, num_tokens):
