@@ -167,7 +167,7 @@ class CheckpointFiles:
         blocks, scales = self._slice(f"{name}_blocks"), self._slice(f"{name}_scales")
         num_experts, rows, groups, half = blocks.get_shape()
         out = torch.empty(num_experts, groups * half * 2, rows)
-        for expert in range(num_experts):  # widened, they take much room on the way
+        for expert in range(num_experts):  # widened, they take much memory
             part = slice(expert, expert + 1)
             out[part] = convert_moe_packed_tensors(blocks[part], scales[part], dtype=torch.float32)
         return out

@@ -226,8 +226,8 @@ def _slug(label: str) -> str:
     return "".join(letter if letter.isalnum() else "-" for letter in label.lower())
 
 
-def _asset(room: str, name: str) -> str:
-    return files(f"expertlane.{room}").joinpath("assets", name).read_text(encoding="utf-8")
+def _asset(package: str, name: str) -> str:
+    return files(f"expertlane.{package}").joinpath("assets", name).read_text(encoding="utf-8")
 
 
 def _digest(text: str) -> str:

@@ -400,17 +400,17 @@ class Service:
             ApiError: the prompt and these tokens are more than `max_model_len`.
         """
         most = self.model.max_model_len
-        room, wanted = most - prompt_len, request.wanted_tokens
-        if room < (not request.drops_output):
+        num_left, wanted = most - prompt_len, request.wanted_tokens
+        if num_left < (not request.drops_output):
             text = f"{param} has {prompt_len} tokens; the model takes {most}, output included"
             raise bad_field(param, text, "context_length_exceeded")
-        if wanted is not None and wanted > room:
+        if wanted is not None and wanted > num_left:
             text = (
                 f"max_tokens is {wanted} and the prompt has {prompt_len} tokens; together at most "
                 f"{most}"
             )
             raise bad_field("max_tokens", text, "context_length_exceeded")
-        wanted = room if wanted is None else wanted
+        wanted = num_left if wanted is None else wanted
         if (request.min_tokens or 0) > wanted:
             text = f"min_tokens is {request.min_tokens}; it must be at most {wanted}"
             raise bad_field("min_tokens", text)

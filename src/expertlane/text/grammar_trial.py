@@ -27,7 +27,7 @@ from collections.abc import Mapping
 LIMITS = Limits(cpu_s=3.0, memory_bytes=256 * 2**20)
 PACKAGES = ("expertlane", "llguidance")
 STACK_BYTES = 512 * 2**20  # the library recurses from rule to rule; memory is taken as it is used
-_TRIAL_STACK_BYTES = STACK_BYTES // 2  # so what passes has room to spare
+_TRIAL_STACK_BYTES = STACK_BYTES // 2  # so what passes fits twice
 _WALKS = 2
 _STEPS = 4  # tokens consumed in each walk
 _WALKS_CPU_S = 0.5  # for all steps together: ordinary ones take less than 10 ms each

@@ -209,7 +209,7 @@ class JournalKeeper:
             for each in prepared.params
         ]
         prepared = replace(prepared, params=params)
-        self._make_room()
+        self._bound_memory()
         self._number += 1
         begun = BeginRecord(
             self._number,
@@ -343,7 +343,7 @@ class JournalKeeper:
         self.num_abandoned += not kept.is_over
         self.forget(kept)
 
-    def _make_room(self) -> None:
+    def _bound_memory(self) -> None:
         """Forget finished answers that nobody reads, if requests take too much memory.
 
         Raises:
