@@ -92,10 +92,12 @@ $(BIN)/python:
 	@echo "Making a virtual environment in $(VENV)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
+# Python compiles the modules that are imported; to compile all that is installed takes longer than
+# to unpack it.
 # Stamps: an install is repeated when pyproject.toml is newer. The stamp of .dev covers .runtime.
 $(VENV)/.runtime: pyproject.toml | $(BIN)/python
 	@echo "Installing expertlane into $(VENV) (the first time brings PyTorch: some minutes)"
-	@$(PIP) install --editable '.[all]'
+	@$(PIP) install --no-compile --editable '.[all]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python

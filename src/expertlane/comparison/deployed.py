@@ -104,6 +104,7 @@ class DeploymentRun:
         self._runner: ModelRunner | None = None  # where it is on the ranks
         self._held: Sequence[HeldBytes] = ()
         self._rebalances: Sequence[RebalanceRecord] = ()
+        self._without_each: tuple[int, Repetitions] | None = None  # of how many repetitions
 
     @property
     def name(self) -> str:
@@ -279,16 +280,21 @@ class DeploymentRun:
     def without_each(self, runs: VirtualRuns) -> Repetitions:
         """The repetitions in virtual time, without each in turn (`cost.virtual.without_each`).
 
-        With laws of computing, all repetitions are alike.
+        With laws of computing, all repetitions are alike. Kept until another one is measured.
         """
+        if self._without_each is not None and self._without_each[0] == self.num_runs:
+            return self._without_each[1]
         steps = self._steps[self.phase]
         if self._laws():
-            return Repetitions.of(self._replayed(runs, steps))
-        own, around = (
-            Repetitions.of(self._replayed(runs, each(steps)))
-            for each in (undisturbed, without_each)
-        )
-        return own.without_each(around)
+            found = Repetitions.of(self._replayed(runs, steps))
+        else:
+            own, around = (
+                Repetitions.of(self._replayed(runs, each(steps)))
+                for each in (undisturbed, without_each)
+            )
+            found = own.without_each(around)
+        self._without_each = self.num_runs, found
+        return found
 
     def _replayed(self, runs: VirtualRuns, steps: Sequence[StepRecord]) -> list[StepsRecord]:
         """Throughput of each run by itself, in virtual time."""
