@@ -56,26 +56,6 @@ def test_a_report_says_what_limits_the_deployment(run, tmp_path):
     assert record.serving[0].output_tps.low < record.serving[0].output_tps.value
 
 
-@pytest.mark.full
-def test_the_same_load_gives_the_same_numbers(run):
-    first, again = (as_json(run, *EP16, *LOAD) for _ in range(2))
-    assert first["deployments"] == again["deployments"]
-    other = as_json(run, *EP16, *LOAD, "--seed", "1")
-    of_seeds = [each["deployments"][0]["serving"] for each in (first, other)]
-    assert of_seeds[0] != of_seeds[1]
-
-
-@pytest.mark.full
-def test_arrivals_have_bounds_of_their_own(run):
-    opened = [*LOAD[2:], "--rate", "200", "--num-requests", "6"]
-    out, err = simulate(run, *TP2, *opened)
-    assert "steady state" in err
-    assert "tokens/s at 200 req/s, " in " ".join(out.split())
-    out, err = simulate(run, *EP16, *opened, "--cold-start")
-    assert "simulating 6 requests 3 times" in err
-    assert "tokens/s at 200 req/s, " in " ".join(out.split())
-
-
 def test_one_length_is_a_mean_and_two_equal_ends_are_exact(run):
     out, _ = simulate(run, *TP2, "--batch", "4", "--prompt-len", "8", "--output-len", "10")
     assert "8 in / 10 ±20% out" in out
@@ -184,23 +164,6 @@ def test_fewer_requests_than_the_usual_batch(run):
 
 
 @pytest.mark.full
-def test_as_many_first_tokens_as_are_asked_for(run):
-    asked = [*TP2, *LOAD, "--num-requests"]
-    few, many = (as_json(run, *asked, num)["deployments"][0]["serving"][0] for num in ("8", "300"))
-    assert many["num_requests"] >= 300 > few["num_requests"]
-    low, high = many["sample"]["intervals"]["ttft.p95"]
-    assert low <= many["ttft_s"]["p95"]["value"] <= high
-
-
-@pytest.mark.full
-def test_more_arrive_than_are_served(run):
-    out, _ = simulate(run, *TP2, *LOAD[2:], "--rate", "1e6")
-    words = " ".join(out.split())
-    assert "1e+06 requests/s arrive" in words
-    assert tells(words, "queue grows without end")
-
-
-@pytest.mark.full
 def test_routing_is_skewed_unless_a_user_says_otherwise(run):
     usual, uniform = (
         as_json(run, *EP16, *LOAD, *skew)["deployments"][0] for skew in ([], ["--skew", "0"])
@@ -234,18 +197,6 @@ def test_what_is_given_goes_before_what_a_framework_has(run, asked, tokens):
     assert found["question"]["serving"]["max_num_batched_tokens"] == tokens
 
 
-@pytest.mark.full
-def test_what_a_framework_corrects_is_told(run):
-    layout = ["--layout", "tp=8,ep=8", "--cluster", "b200x8"]
-    short, full = (
-        " ".join(simulate(run, *layout, *LOAD, "--framework", "trt", *more)[0].split())
-        for more in ([], ["--full"])
-    )
-    assert "projected, framework trt" in short
-    assert re.search(r"times × \d\.\d\d", full)
-    assert "arrival delay" in full
-
-
 @pytest.mark.smoke(1)
 @pytest.mark.parametrize(
     ("layout", "cluster", "asked", "dispatch"),
@@ -259,39 +210,6 @@ def test_what_a_framework_corrects_is_told(run):
 def test_a_framework_dispatches_as_it_does(run, layout, cluster, asked, dispatch):
     found = as_json(run, "--layout", layout, "--cluster", cluster, *LOAD, *asked)
     assert found["deployments"][0]["options"]["dispatch"] == dispatch
-
-
-@pytest.mark.full
-def test_two_pools(run):
-    layouts = ["--layout", "dp=4,ep=4", "--prefill-layout", "tp=2", "--cluster", "h100x8"]
-    found = as_json(run, *layouts, *LOAD)
-    (record,) = found["deployments"]
-    assert [each["role"] for each in record["pools"]] == ["prefill", "decode"]
-    steps = [(each["pool"], each["phase"]) for each in record["steps"]]
-    assert steps == [("prefill", "prefill"), ("decode", "decode")]
-    out, _ = simulate(run, *layouts, *LOAD, "--full")
-    assert tells(out, "2 stay idle")
-    assert "tp=2 + dp=4,ep=4" in out
-
-
-@pytest.mark.full
-def test_multi_token_prediction_pays_only_if_guesses_are_right(run):
-    load = ["--batch", "8", "--num-requests", "8", "--prompt-len", "8", "--output-len", "31"]
-    load += ["--cold-start"]
-    plain, wrong, right = (
-        as_json(run, *EP16, *load, *options)["deployments"][0]
-        for options in (
-            [],
-            ["--mtp", "1", "--mtp-acceptance", "0"],
-            ["--mtp", "1", "--mtp-acceptance", "1"],
-        )
-    )
-    tpot_s = [each["serving"][0]["tpot_s"]["mean"]["value"] for each in (plain, wrong, right)]
-    assert tpot_s[2] < tpot_s[0] < tpot_s[1]
-    steps = [each["steps"][1]["num_steps"] for each in (plain, wrong, right)]
-    assert steps == [30, 30, 15]
-    weights = [each["pools"][0]["weight_bytes"] for each in (plain, wrong)]
-    assert weights[0] < weights[1]
 
 
 @pytest.mark.full
@@ -339,15 +257,6 @@ def test_without_expert_parallelism_nothing_is_placed(run):
     found = as_json(run, *TP2, *LOAD)
     assert found["deployments"][0]["options"]["placement"] == "linear"
     assert "placement of experts" not in [each["name"] for each in found["assumptions"]]
-
-
-@pytest.mark.full
-def test_sequences_that_wait_for_room(run):
-    out, _ = simulate(run, *EP16[:2], "--cluster", "h100x16", *LOAD, "--max-num-seqs", "1")
-    assert "limited by --max" not in out  # one on each of 16 ranks is enough for 8
-    load = ["--batch", "8", "--prompt-len", "4", "--output-len", "4", "--max-num-seqs", "3"]
-    out, _ = simulate(run, "--layout", "tp=1", "--cluster", "h100x1", *load, "--full")
-    assert tells(" ".join(out.split()), "Serves 3 of 8 at once, limited by --max-num-seqs; 5 wait")
 
 
 def test_a_mistake_of_the_prefill_pool_is_told_as_its_own(run):

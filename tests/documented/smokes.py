@@ -106,7 +106,6 @@ SMOKES: Mapping[str, Smoke] = {
         f"{{root}}/{_MEASURED}/2026-11-26-bench_recovery.json", r"", beside=True
     ),
     "docs/pictures/report.py": Smoke("{results} {results}", r"", _no_chromium, beside=True),
-    "tests/count_files.py": Smoke("decode", r"^decode: \d+ files, \d+ functions$"),
     "tests/faults/runs.py": Smoke("runs.jsonl --to 1", r"\| moment \| cases \| wrong"),
     "tests/golden/golden.py": Smoke("check balance", r"balance: "),
     "tests/planner/serving_options.py": Smoke("take vllm", r"takes 0 commands", _no_vllm),
