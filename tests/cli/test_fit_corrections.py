@@ -10,7 +10,7 @@ from expertlane.cost.laws.corrections import read_corrections
 from expertlane.cost.laws.profile import Execution
 from expertlane.results.file import write
 
-CASE = Case("host", "paper-small", "h100x16", Execution.EAGER, ("tp=8",), 16, 128, True, 5)
+CASE = Case("host", "h100x16", Execution.EAGER, ("tp=8",), 16, 128, True, 5)
 EXPERIMENT = """
 name = "mine"
 [model]
@@ -46,7 +46,7 @@ def corrections(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("command", ["plan", "simulate"])
+@pytest.mark.parametrize("command", [pytest.param("plan", marks=pytest.mark.full), "simulate"])
 def test_corrections_are_used_and_named(run, corrections, tmp_path, command):
     args = ["paper-small", "--cluster", "h100x2", "--dtype", "bfloat16", "--execution", "eager"]
     args += ["--batch", "4", "--prompt-len", "32", "--output-len", "8", "--skew", "0", "--json"]
@@ -66,6 +66,7 @@ def test_corrections_are_used_and_named(run, corrections, tmp_path, command):
     assert not [each for each in before["assumptions"] if each["name"] == "corrections"]
 
 
+@pytest.mark.full
 def test_a_comparison_projects_by_corrections(corrections, experiment):
     found = expertlane.compare(experiment, project=True, corrections=corrections, only="1")
     assert len([each for each in found.assumptions if each.name == "corrections"]) == 1

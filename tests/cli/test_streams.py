@@ -110,7 +110,7 @@ def test_what_files_hold_needs_no_streams(tmp_path, kept, streams):
     assert b"written" not in (kept / "results.json").read_bytes()
 
 
-@pytest.mark.smoke(1)
+@pytest.mark.full  # the first is also a case of the test before
 @pytest.mark.parametrize("form", ["", "--quiet", "--full", "--json"])
 def test_all_forms_of_it(tmp_path, kept, form):
     done = shell(f"EXPERTLANE report kept {form} >&-", tmp_path)
