@@ -36,7 +36,7 @@ KINDS = [
 NUM_PROMPTS = 14
 
 
-class Asked(NamedTuple):
+class PooledRequest(NamedTuple):
     """A request of the pool, and what the reference makes of it."""
 
     prompt: np.ndarray
@@ -70,7 +70,7 @@ def choose(
     return token, min(uniform - begin, ends[token] - uniform) >= MIN_DRAW_MARGIN
 
 
-def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> Asked | None:
+def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> PooledRequest | None:
     """A request of the pool; None if one of its tokens is a near tie."""
     output: list[int] = []
     logits, margins = [], []
@@ -86,14 +86,14 @@ def ask(model: ReferenceModel, prompt: np.ndarray, params: SamplingParams) -> As
             return None
         output.append(token)
     run = ReferenceRun(np.array(output), np.stack(logits), np.array(margins, dtype=np.float32))
-    return Asked(prompt, params, run)
+    return PooledRequest(prompt, params, run)
 
 
-def requests(model: ReferenceModel, vocab_size: int) -> list[Asked]:
+def requests(model: ReferenceModel, vocab_size: int) -> list[PooledRequest]:
     """`NUM_PROMPTS` prompts; half of them are of three tokens only and share their beginnings."""
     random = np.random.default_rng(0)
     common = random.integers(0, 3, MAX_PROMPT_LEN)
-    found: list[Asked] = []
+    found: list[PooledRequest] = []
     for seed in count():
         params = KINDS[len(found) % len(KINDS)]
         if not params.is_greedy:

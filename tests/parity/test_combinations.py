@@ -27,7 +27,7 @@ from expertlane.spec.model import PRESETS
 from expertlane.spec.names import CheckLevel
 from parity.contract import check_contract
 from parity.reference import ReferenceRun
-from parity.request_pool import KINDS, MAX_OUTPUT_LEN, Asked, requests
+from parity.request_pool import KINDS, MAX_OUTPUT_LEN, PooledRequest, requests
 from parity.test_equivalence import small_layouts
 from schedule.paged import check_empty
 
@@ -36,7 +36,7 @@ MAX_LOGPROB_ERROR = 1e-4
 
 
 @pytest.fixture(scope="module")
-def asked(references) -> list[Asked]:
+def asked(references) -> list[PooledRequest]:
     return requests(references.model(TINY, 0), TINY.vocab_size)
 
 
@@ -80,7 +80,7 @@ class Case(NamedTuple):
     work: int
     seed: int
 
-    def draw(self, asked: list[Asked]) -> tuple[list[Arrival], int]:
+    def draw(self, asked: list[PooledRequest]) -> tuple[list[Arrival], int]:
         """The requests in the order they come, one at least; the number of blocks.
 
         Hypothesis likes to change one thing at a time: the requests then change with it.
@@ -158,7 +158,7 @@ class Combination:
         logits, logprobs, tokens: of each request, in the order they came.
     """
 
-    def __init__(self, pool: PoolKeeper, asked: list[Asked], case: Case) -> None:
+    def __init__(self, pool: PoolKeeper, asked: list[PooledRequest], case: Case) -> None:
         self.asked = asked
         self.arrivals, num_blocks = case.draw(asked)
         layout = Layout.parse(case.layout)

@@ -381,7 +381,7 @@ class Placement:
         """[ep]; the load of each rank if tokens are spread evenly over the ranks that send them.
 
         Senders choose among copies as the engine's do: see `packing.share_of_ranks`. Of an expert
-        with few pairs in a batch, the copies that come first in turn get more than is told here.
+        with few pairs in a batch, the copies that come first in turn get more than this says.
 
         Args:
             load: [num_experts].

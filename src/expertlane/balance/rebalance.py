@@ -214,7 +214,7 @@ def propose(
     Args:
         load: [num_layers, num_experts], of the steps tracked.
         now: [num_layers].
-        ranks_per_node: consecutive expert-parallel ranks that share a node; loads are told for
+        ranks_per_node: consecutive expert-parallel ranks that share a node; loads are given for
             any, plans are made for full nodes.
     """
     loads = rank_loads(now, load, ranks_per_node)

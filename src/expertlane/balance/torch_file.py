@@ -32,9 +32,7 @@ DAMAGED = (
     ValueError,
     EOFError,
     RuntimeError,
-    NotImplementedError,
-    IndexError,
-    KeyError,
+    LookupError,
     TypeError,
     AttributeError,
 )
@@ -78,7 +76,7 @@ def read_torch_file(path: Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             return _Program(archive).load()
-    except _Refused as error:
+    except _ContentError as error:
         raise UserError(f"{path} {error}") from None
     except DAMAGED as error:
         raise UserError(f"{path} is not a torch.save file, or is damaged") from error
@@ -86,7 +84,7 @@ def read_torch_file(path: Path) -> Any:
         raise UserError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-class _Refused(Exception):
+class _ContentError(Exception):
     """The file has something that is not read here; the text follows the file's name."""
 
 
@@ -97,17 +95,19 @@ class _Program(pickle.Unpickler):
         self._archive = archive
         self._sizes = {each.filename: each.file_size for each in archive.infolist()}
         if (total := sum(self._sizes.values())) > TRACE_BYTES:
-            raise _Refused(f"has {total:,} bytes when unpacked; at most {TRACE_BYTES:,} are read")
+            raise _ContentError(
+                f"has {total:,} bytes when unpacked; at most {TRACE_BYTES:,} are read"
+            )
         self._folder = next(
             name.removesuffix("data.pkl") for name in self._sizes if name.endswith("/data.pkl")
         )
         order = f"{self._folder}byteorder"
         if order in self._sizes and archive.read(order) != b"little":
-            raise _Refused("has numbers of a big-endian machine")
+            raise _ContentError("has numbers of a big-endian machine")
         self._storages: dict[tuple[str, str], npt.NDArray[Any]] = {}
         name = f"{self._folder}data.pkl"
         if self._sizes[name] > _PROGRAM_BYTES:
-            raise _Refused(f"has a data.pkl of more than {_PROGRAM_BYTES:,} bytes")
+            raise _ContentError(f"has a data.pkl of more than {_PROGRAM_BYTES:,} bytes")
         program = archive.read(name)
         _check_opcodes(program)
         super().__init__(io.BytesIO(program))
@@ -116,14 +116,14 @@ class _Program(pickle.Unpickler):
         """The function or number type that stands for one of the few names known here."""
         if module == "torch" and name.endswith("Storage"):
             if name not in _DTYPES:
-                raise _Refused(f"holds a tensor of torch.{name[:60]}")
+                raise _ContentError(f"holds a tensor of torch.{name[:60]}")
             return _DTYPES[name]
         known: dict[tuple[str, str], Callable[..., Any]] = {
             ("torch._utils", "_rebuild_tensor_v2"): _tensor,
             ("collections", "OrderedDict"): dict,
         }
         if (module, name) not in known:
-            raise _Refused(f"holds more than numbers and text ({f'{module}.{name}'[:60]})")
+            raise _ContentError(f"holds more than numbers and text ({f'{module}.{name}'[:60]})")
         return known[module, name]
 
     def persistent_load(self, pid: Any) -> npt.NDArray[Any]:
@@ -146,7 +146,7 @@ def _check_opcodes(program: bytes) -> None:
         warnings.simplefilter("ignore")  # on escapes in arguments of opcodes not known here
         for operation, argument, _ in pickletools.genops(program):
             if not _OPCODES.fullmatch(operation.name):
-                raise _Refused(f"holds more than numbers and text ({operation.name})")
+                raise _ContentError(f"holds more than numbers and text ({operation.name})")
             if operation.name == "LONG_BINPUT" and int(argument or 0) > len(program):
                 raise ValueError("a place in the memo beyond all values")
 

@@ -35,7 +35,7 @@ def test_a_receive_of_nccl_is_not_ahead_of_a_send(is_over_nccl, expected):
     )
     told = []
 
-    class Told(TokenStage):
+    class RecordingStage(TokenStage):
         _is_over_nccl = is_over_nccl
 
         def _begin_input(self, micro_batch, chosen):
@@ -46,7 +46,7 @@ def test_a_receive_of_nccl_is_not_ahead_of_a_send(is_over_nccl, expected):
             told.append("run")
             return super()._run_micro_batch(parts, arriving)
 
-    stage = Told(Layout(), limits)
+    stage = RecordingStage(Layout(), limits)
     stage._recorder = SimpleNamespace(**vars(stage._recorder), checks=None)
     micro_batches = tuple(own for seq in range(2) for own in RankBatch.of_dp_ranks([batch_of(seq)]))
     outcome = stage.run(
