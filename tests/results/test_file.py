@@ -109,6 +109,16 @@ def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
         write(example.usual(), tmp_path / "taken")
 
 
+def test_fields_that_are_gone_are_dropped(written: Path) -> None:
+    found, data = read(written), json.loads(written.read_text())
+    data["question"]["traffic"] = True
+    first = data["deployments"][0]
+    first["copies"] = None
+    first["options"] |= {"copies": None, "cache_int8": False}
+    written.write_text(json.dumps(data))
+    assert read(written) == found
+
+
 def test_missing_file(tmp_path: Path) -> None:
     assert tells(complaint(tmp_path / "none.json"), "FILE No such file")
 

@@ -112,13 +112,13 @@ def _load(path: Path) -> dict[str, Any]:
 
 
 def _drop_removed(data: dict[str, Any]) -> None:
-    """Drop fields of deployments that earlier versions of expertlane wrote."""
+    """Drop fields that earlier versions of expertlane wrote."""
+    if isinstance(data.get("question"), dict):
+        data["question"].pop("traffic", None)
     deployments = data.get("deployments")
     for each in deployments if isinstance(deployments, list) else ():
         if isinstance(each, dict):
             each.pop("copies", None)
-            if isinstance(each.get("options"), dict):
-                each["options"].pop("copies", None)
         for key, names in _REMOVED.items() if isinstance(each, dict) else ():
             tables = each.get(key)
             for table in tables if isinstance(tables, list) else [tables]:
@@ -126,7 +126,11 @@ def _drop_removed(data: dict[str, Any]) -> None:
                     table.pop(name, None)
 
 
-_REMOVED = {"steps": ("unknown_kernels",), "server": ("balance", "routing")}
+_REMOVED = {
+    "options": ("copies", "cache_int8"),
+    "steps": ("unknown_kernels",),
+    "server": ("balance", "routing"),
+}
 
 
 def _is_length(text: str) -> bool:
