@@ -22,7 +22,6 @@ from expertlane.results.estimate import NORMAL, Estimate
 from expertlane.results.record import RUN, SCALING, DeploymentRecord, StepsRecord
 from expertlane.results.results import Results
 from expertlane.results.serving_record import ServingRecord
-from expertlane.spec.deployment import Options
 from expertlane.spec.experiment import ProjectionSetup
 from expertlane.spec.files import build
 from expertlane.spec.model import ModelConfig
@@ -32,24 +31,13 @@ from expertlane.spec.workload import LengthRange, Load, Workload
 TIME, TPOT, TTFT, TPS = "time", "TPOT", "TTFT", "tokens/s"
 WHOLE = (TIME, TPOT, TTFT, TPS)
 EXPERTS_LOAD = "fullest / mean"
-COMPUTING = "computing"  # its parts together, if a record does not have them
 WAITING = str(Cause.WAITING)
 _TERMS = {
     str(ProjectedCause.DISPATCH_COMBINE): str(Cause.DISPATCH_COMBINE),
     str(ProjectedCause.IMBALANCE): WAITING,
 }
-OF_COMPUTING = {str(each) for each in (Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD)}
-_BY_BOUND = {
-    str(each)
-    for each in (
-        ProjectedCause.EXPERT_COMPUTE,
-        ProjectedCause.OTHER_COMPUTE,
-        ProjectedCause.WEIGHT_READS,
-        ProjectedCause.KV_READS,
-        ProjectedCause.CONTENTION,
-    )
-}
-_OF_RANKS = {*OF_COMPUTING, str(Cause.ENGINE)}  # causes without transfers
+# Causes without transfers.
+_OF_RANKS = {Cause.ATTENTION, Cause.ROUTER, Cause.EXPERTS, Cause.HEAD, Cause.ENGINE}
 
 _OF_MEDIAN = 1.25  # its deviation over the mean's, of normal noise: the root of pi / 2
 _MOST_SIMULATED = 256  # requests of a load
@@ -63,7 +51,6 @@ class StepPoint(NamedTuple):
         seconds: time of a step; of a decode round, if steps have several rounds.
         terms_s: parts of that time, by cause; empty if only the whole was measured.
         is_whole: True if the whole time can be compared; False if transfers were modelled.
-        where: the phase, in words; with the step's size if the phase has several.
     """
 
     phase: Phase
@@ -71,7 +58,11 @@ class StepPoint(NamedTuple):
     seconds: Estimate
     terms_s: Mapping[str, float]
     is_whole: bool = True
-    where: str = ""
+
+    @property
+    def where(self) -> str:
+        """The phase, in words."""
+        return f"{self.phase} step"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +107,6 @@ class Subject:
         if self.alpha is None or alpha == self.alpha:
             return self.routing
         return PowerLawRouting.of(self.model, alpha, 0, NUM_SAMPLED_LAYERS)
-
-    def types_of(self, options: Options) -> NumberTypes:
-        """Number types of a deployment with these options."""
-        types = NumberTypes.of_engine(self.types.weights, options)
-        return replace(types, kv=self.types.kv) if options.kv_dtype == "model" else types
 
 
 def find_subject(measured: Results, projected: Results, cluster: str | None = None) -> Subject:
@@ -254,7 +240,7 @@ def _noise_of_runs(records: Sequence[DeploymentRecord]) -> dict[Phase, float]:
 def _point(
     record: DeploymentRecord, workload: Workload, own: str, noise: Mapping[Phase, float]
 ) -> Point:
-    steps = _named([_step_point(each, record, workload, noise) for each in record.steps])
+    steps = tuple(_step_point(each, record, workload, noise) for each in record.steps)
     loads = tuple(
         (each, load) for each in record.serving if (load := _load(each, workload)) is not None
     )
@@ -265,18 +251,6 @@ def _point(
         engine = server.engine or server.software or "a server"
         software = server.software or engine
     return Point(record, engine, software, steps, loads, imbalance)
-
-
-def _named(steps: Sequence[StepPoint]) -> tuple[StepPoint, ...]:
-    """The steps with names that differ; of steps of the same phase and size only the first."""
-    found: dict[str, StepPoint] = {}
-    phases = [each.phase for each in steps]
-    for each in steps:
-        words, size = f"{each.phase.value} step", each.size
-        if phases.count(each.phase) > 1:
-            words += f", {size.num_seqs:,} at {size.num_cached:,}"
-        found.setdefault(words, each._replace(where=words))
-    return tuple(found.values())
 
 
 def _step_point(
@@ -298,7 +272,7 @@ def _step_point(
         cached = cached if steps.context is None else steps.context
     size = StepSize(num_seqs, num_new, cached, phase=steps.phase)
     timed = _with_runs(seconds, steps, noise)
-    terms = {name: share * timed.value for name, share in joined(steps.shares).items()}
+    terms = {name: share * timed.value for name, share in steps.shares.items()}
     is_virtual = record.source == "virtual"
     if is_virtual:
         terms = {name: each for name, each in terms.items() if name in _OF_RANKS}
@@ -315,14 +289,11 @@ def _with_runs(seconds: Estimate, steps: StepsRecord, noise: Mapping[Phase, floa
     return Estimate(value, value * exp(-spread), value * exp(spread))
 
 
-def joined(terms: Mapping[str, float]) -> dict[str, float]:
-    """Terms under the names of measured causes; those by limiting resource become `COMPUTING`."""
+def by_measured_cause(terms: Mapping[str, float]) -> dict[str, float]:
+    """The terms of a projected step, under the names of measured causes."""
     found: dict[str, float] = {}
-    is_by_bound = bool(_BY_BOUND & {*terms})
     for cause, seconds in terms.items():
         name = _TERMS.get(str(cause), str(cause))
-        if is_by_bound and (name in OF_COMPUTING or name in _BY_BOUND):
-            name = COMPUTING
         found[name] = found.get(name, 0.0) + seconds
     return found
 

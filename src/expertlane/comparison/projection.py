@@ -1,6 +1,7 @@
 """An experiment's deployments on a modelled cluster, and better layouts: `compare --project`."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from itertools import product
 from typing import Any
@@ -56,92 +57,12 @@ _NUM_PARETO = 24
 _NUM_IN_FULL = 4  # finalists whose decode steps are projected at every context
 
 
-def plan_beside(
-    request: PlanRequest,
-    conditions: Conditions,
-    context: int,
-    own: Sequence[DeploymentRecord],
-    row_of: Callable[[Deployment], DeploymentRecord],
-    progress: Progress,
-) -> tuple[PlanSummary, list[DeploymentRecord]]:
-    """Plan for the fastest decode step at a context, and for the most output of the workload.
-
-    Args:
-        request: for the whole workload.
-        own: the experiment's deployments under the same conditions.
-        row_of: projects a deployment in full.
-
-    Returns:
-        The search's summary; and `own`, the fastest of them in that role, followed by what the
-        planner adds.
-    """
-    num_seqs = request.workload.num_sequences
-    # Prompts of one token and outputs around the context: next to nothing but decode steps.
-    around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
-    of_decode = replace(request, workload=around)
-    decoding = _Candidates(Search(of_decode))
-    progress.advance()
-    search = Search(replace(request, setting=replace(request.setting, step_tokens=None)))
-    found = _best(search)
-    progress.advance()
-    rows = list(own)
-    if (fastest := _fastest(decoding, context, num_seqs, own, row_of)) is not None:
-        place = next((place for place, row in enumerate(own) if row is fastest), len(own))
-        rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
-    if found is not None:
-        rows.append(candidate_record(found.finalists[0], 0, BEST, conditions, request))
-    if decoding.options:
-        rows += pareto_records(decoding.options, _NUM_PARETO, conditions, of_decode)
-    summary = PlanSummary(
-        top_k=request.model.num_experts_per_tok,
-        num_candidates=found.num_candidates if found else 0,
-        num_too_large=found.num_too_large if found else 0,
-        num_simulated=found.num_simulated if found else 0,
-    )
-    return summary, rows
-
-
 class _Candidates:
     """Candidates that fit, and the search that projects them in full."""
 
     def __init__(self, search: Search) -> None:
         self.search = search
         self.options = fitting(search.screen())
-
-
-def _best(search: Search) -> OnePool | None:
-    try:
-        return simulated_pool(search, search.screen(), lambda _: None, with_families=False)
-    except UserError:  # nothing fits
-        return None
-
-
-def _fastest(
-    found: _Candidates,
-    context: int,
-    num_seqs: int,
-    own: Sequence[DeploymentRecord],
-    row_of: Callable[[Deployment], DeploymentRecord],
-) -> DeploymentRecord | None:
-    rows = list(own)
-    able = sorted((each for each in found.options if each.num_seqs >= num_seqs), key=_tps)
-    of_layout = {each.candidate.layout: each for each in reversed(able)}
-    best = sorted(of_layout.values(), key=_tps)[:_NUM_IN_FULL]
-    for finalist in best:
-        layout, options, _ = finalist.candidate
-        if any((row.layout, row.options) == (layout, options) for row in own):
-            continue
-        rows.append(row_of(Deployment(str(finalist.candidate), layout, options)))
-    timed = [
-        (step.round_s.value, place, row)
-        for place, row in enumerate(rows)
-        if (step := row.decode_of(context, num_seqs)) is not None and step.fits
-    ]
-    return min(timed)[2] if timed else None
-
-
-def _tps(option: ScreenedCandidate) -> float:
-    return -option.tps
 
 
 CONTEXTS = (1, 128, 1024)  # and the prompt's length
@@ -319,11 +240,6 @@ class ExperimentProjector:
     def _conditions(self, execution: Execution, routing: str) -> Conditions:
         return conditions_of(self._model.num_experts_per_tok, execution, routing, self._types)
 
-    def _types_of(self, deployment: Deployment) -> NumberTypes:
-        types = NumberTypes.of_engine(self._types.weights, deployment.options)
-        own = deployment.options.kv_dtype
-        return replace(types, kv=self._types.kv) if own == "model" else types
-
     def _setting(self, types: NumberTypes, conditions: Conditions) -> Setting:
         routing = conditions.routing
         if routing not in self._sources:
@@ -340,7 +256,7 @@ class ExperimentProjector:
             deployment.layout,
             deployment.options,
             cluster or self._cluster,
-            self._setting(self._types_of(deployment), at),
+            self._setting(self._types.of_deployment(deployment.options), at),
         )
 
     def _rows(self, progress: Progress) -> list[DeploymentRecord]:
@@ -409,7 +325,9 @@ class ExperimentProjector:
     def _capacity(self, deployment: Deployment, full_len: int | None = None) -> Capacity:
         model, layout, workload = self._model, deployment.layout, self._experiment.workload
         placements = self._placed(deployment)
-        return PlacedModel(model, layout, self._types_of(deployment), placements).capacity(
+        return PlacedModel(
+            model, layout, self._types.of_deployment(deployment.options), placements
+        ).capacity(
             self._cluster.profile.device.memory_bytes,
             full_len or workload.max_len,
             prefill_step_tokens(workload, layout),
@@ -469,7 +387,7 @@ class ExperimentProjector:
         contenders: dict[int, Contender] = {}
         missing: dict[int, Contender] = {}
         for place, each in each_of(list(enumerate(deployments)), progress, "the whole workload"):
-            request = self._request(self._types_of(each))
+            request = self._request(self._types.of_deployment(each.options))
             setting = replace(request.setting, step_tokens=None)
             request = replace(request, setting=setting, goals=goals)
             candidates = candidates_like(each.layout, each.options, per_node)
@@ -490,20 +408,65 @@ class ExperimentProjector:
     def _plan(
         self, rows: list[DeploymentRecord], context: int, progress: Progress
     ) -> tuple[PlanSummary, ...]:
-        """Put what a planner finds under the usual conditions, which come first, among the rows."""
+        """Add what a planner finds under the usual conditions; gives the search's summary.
+
+        It searches for the fastest decode step at the context, and for the most output of the
+        workload. An own deployment with the fastest step gets that role.
+
+        Args:
+            rows: those of the usual conditions come first.
+        """
         if self._cluster.num_devices > _MOST_PLANNED:
             return ()
-        usual = self._usual
-        num_own = len(self._experiment.deployments)
         request = self._request(self._types)
         progress.task("looking for better layouts", 2)
-        summary, found = plan_beside(
-            request, usual, context, rows[:num_own], lambda each: self._row(each, usual), progress
-        )
+        # Prompts of one token and outputs around the context: next to nothing but decode steps.
+        around = replace(request.workload, prompt_len=1, output_len=2 * context - 1)
+        of_decode = replace(request, workload=around)
+        options = fitting(Search(of_decode).screen())
+        progress.advance()
+        search = Search(replace(request, setting=replace(request.setting, step_tokens=None)))
+        found: OnePool | None = None
+        with suppress(UserError):  # nothing fits
+            found = simulated_pool(search, search.screen(), lambda _: None, with_families=False)
+        progress.advance()
+        place, fastest = self._fastest(options, context, rows)
+        if fastest is not None:
+            rows[place : place + 1] = [replace(fastest, roles=(*fastest.roles, FASTEST))]
+        if found is not None:
+            rows.append(candidate_record(found.finalists[0], 0, BEST, self._usual, request))
+        if options:
+            rows += pareto_records(options, _NUM_PARETO, self._usual, of_decode)
         progress.done()
-        rows[:num_own] = found[:num_own]
-        rows += found[num_own:]
+        summary = PlanSummary(
+            top_k=request.model.num_experts_per_tok,
+            num_candidates=found.num_candidates if found else 0,
+            num_too_large=found.num_too_large if found else 0,
+            num_simulated=found.num_simulated if found else 0,
+        )
         return (summary,)
+
+    def _fastest(
+        self, options: Sequence[ScreenedCandidate], context: int, rows: Sequence[DeploymentRecord]
+    ) -> tuple[int, DeploymentRecord | None]:
+        """The fastest decode step of all sequences, own or a candidate's, and its place in rows."""
+        num_seqs = self._experiment.workload.num_sequences
+        found = list(enumerate(rows[: len(self._experiment.deployments)]))
+        known = {(row.layout, row.options) for _, row in found}
+        able = [each for each in options if each.num_seqs >= num_seqs]
+        able.sort(key=lambda each: -each.tps)
+        of_layout = {each.candidate.layout: each for each in reversed(able)}
+        best = sorted(of_layout.values(), key=lambda each: -each.tps)[:_NUM_IN_FULL]
+        for candidate in (each.candidate for each in best):
+            if (candidate.layout, candidate.options) not in known:
+                deployment = Deployment(str(candidate), candidate.layout, candidate.options)
+                found.append((len(rows), self._row(deployment, self._usual)))
+        timed = [
+            (step.round_s.value, number, place, row)
+            for number, (place, row) in enumerate(found)
+            if (step := row.decode_of(context, num_seqs)) is not None and step.fits
+        ]
+        return min(timed)[2:] if timed else (0, None)
 
 
 def _verdict(

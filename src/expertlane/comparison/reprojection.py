@@ -24,10 +24,8 @@ import numpy as np
 
 from expertlane.comparison.fit import Floats, Measurements
 from expertlane.comparison.points import (
-    COMPUTING,
     EXPERTS_LOAD,
     NUM_SAMPLED_LAYERS,
-    OF_COMPUTING,
     TIME,
     TPOT,
     TPS,
@@ -37,12 +35,11 @@ from expertlane.comparison.points import (
     Point,
     StepPoint,
     Subject,
-    joined,
+    by_measured_cause,
 )
 from expertlane.cost.laws.corrections import (
     KERNELS,
     Correction,
-    Corrections,
     LawKind,
     scaled,
 )
@@ -57,7 +54,7 @@ from expertlane.simulator.results import serving_of
 from expertlane.simulator.simulator import ServingSetup, Simulator, scheduling_of
 from expertlane.spec.deployment import DispatchMode
 from expertlane.spec.model import ModelConfig
-from expertlane.spec.names import Cause, Phase
+from expertlane.spec.names import Phase
 from expertlane.spec.ranges import RANGES
 from expertlane.spec.workload import Load
 
@@ -94,25 +91,17 @@ class _LoadMetrics(NamedTuple):
     """A simulated load.
 
     Attributes:
-        tpot_s, ttft_s: means over requests.
-        tps: output tokens per second.
-        wall_s: seconds of the whole load, at `tps`.
+        by_metric: mean TPOT and TTFT in seconds, and output tokens/s.
+        wall_s: seconds of the whole load, at these tokens/s.
         decode, prefill: sizes of typical steps.
         num_rounds: number of decode steps, if each has all concurrent sequences.
     """
 
-    tpot_s: float
-    ttft_s: float
-    tps: float
+    by_metric: Mapping[str, float]
     wall_s: float
     decode: StepSize
     prefill: StepSize
     num_rounds: float
-
-    @property
-    def by_metric(self) -> dict[str, float]:
-        """TPOT and TTFT in seconds, and tokens/s."""
-        return {TPOT: self.tpot_s, TTFT: self.ttft_s, TPS: self.tps}
 
 
 def _metrics(serving: ServingRecord) -> list[tuple[str, Estimate, float]]:
@@ -204,7 +193,7 @@ class Reprojection:
             layout, options = record.known_layout, record.served_with or record.known_options
             devices = max(subject.cluster.num_devices, layout.world_size)
             setting = Setting(
-                subject.types_of(options),
+                subject.types.of_deployment(options),
                 subject.execution,
                 subject.routing_at(alpha),
                 step_tokens=STEP_TOKENS,
@@ -234,8 +223,8 @@ class Reprojection:
                 if step.is_whole:
                     sigma = _sigma(step.seconds, _OF_STEP)
                     yield Number(place, where, TIME, log(step.seconds.value), sigma)
-                for name in self._compared(step):
-                    value = log(step.terms_s[name] + self._small(step))
+                for name, seconds in step.terms_s.items():
+                    value = log(seconds + self._small(step))
                     usual = _OF_WAITING if name == WAITING else _OF_TERM
                     of_step = _sigma(step.seconds, 0.0) if step.is_whole else 0.0
                     small = _NOISE_OF_STEP * step.seconds.value / exp(value)
@@ -248,22 +237,8 @@ class Reprojection:
                 yield Number(place, "experts", EXPERTS_LOAD, log(point.imbalance), _OF_LOAD)
 
     @staticmethod
-    def _compared(step: StepPoint) -> list[str]:
-        known = {*map(str, Cause), COMPUTING}
-        return [name for name in step.terms_s if name in known]
-
-    @staticmethod
     def _small(step: StepPoint) -> float:
         return _SMALL * step.seconds.value
-
-    def terms(self, place: int, step: StepPoint, changes: Mapping[str, float]) -> dict[str, float]:
-        """Projected seconds of a step, by the causes that were measured."""
-        projected = self.step(place, step.size, changes)
-        found = joined(projected.causes_s)
-        if COMPUTING in step.terms_s:
-            parts = [found.pop(name, 0.0) for name in OF_COMPUTING]
-            found[COMPUTING] = found.get(COMPUTING, 0.0) + sum(parts)
-        return found
 
     def __call__(self, changes: Mapping[str, float]) -> Floats:
         """Logarithms of the projected numbers, [N], in the order of `numbers`."""
@@ -273,10 +248,11 @@ class Reprojection:
     def _projected(self, changes: Mapping[str, float]) -> Iterator[float]:
         for place, point in enumerate(self.points):
             for step in point.steps:
+                projected = self.step(place, step.size, changes)
                 if step.is_whole:
-                    yield log(self.step(place, step.size, changes).seconds)
-                terms = self.terms(place, step, changes)
-                for name in self._compared(step):
+                    yield log(projected.seconds)
+                terms = by_measured_cause(projected.causes_s)
+                for name in step.terms_s:
                     yield log(terms.get(name, 0.0) + self._small(step))
             for number, (serving, _) in enumerate(point.loads):
                 found = self._of_load(place, number, changes)
@@ -303,10 +279,10 @@ class Reprojection:
         key = place, number, arrival
         if key not in self._served:
             load = self._loads[place, number]
-            self._served[key] = self.simulate(place, load, {LawKind.ARRIVAL: arrival})
+            self._served[key] = self._simulate(place, load, {LawKind.ARRIVAL: arrival})
         return self._served[key]
 
-    def simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _LoadMetrics:
+    def _simulate(self, place: int, load: Load, changes: Mapping[str, float]) -> _LoadMetrics:
         """Simulate a whole load on a deployment under changes.
 
         Args:
@@ -325,7 +301,7 @@ class Reprojection:
             layout,
             None,
             options,
-            subject.types_of(options),
+            subject.types.of_deployment(options),
             subject.execution,
             subject.routing_at(self.alpha(changes)),
             max_num_seqs=max(most, 1),
@@ -345,9 +321,7 @@ class Reprojection:
         num_prompts = min(at_once, max(RANK_STEP_TOKENS // num_new, 1) * num_caches)
         wall_s = load.num_requests * output_len / seen[TPS]
         return _LoadMetrics(
-            seen.get(TPOT, wall_s),
-            seen.get(TTFT, wall_s),
-            seen[TPS],
+            {TPOT: wall_s, TTFT: wall_s} | seen,
             wall_s,
             StepSize(at_once, 1, prompt_len + output_len // 2),
             StepSize(num_prompts, num_new, 0, phase=Phase.PREFILL),
@@ -362,7 +336,7 @@ class Reprojection:
             for size in (known.decode, known.prefill)
         )
         decode_s = self.step(place, known.decode, {}).seconds
-        of_tpot = min(decode_s / known.tpot_s, 1.0)
+        of_tpot = min(decode_s / known.by_metric[TPOT], 1.0)
         of_wall = min(decode_s * known.num_rounds / known.wall_s, 1.0)
         later = self._later(place, number, changes.get(LawKind.ARRIVAL, 0.0))
         return {
@@ -388,7 +362,7 @@ class Reprojection:
         self.offsets = None
         offsets = np.zeros(len(self.numbers))
         for (place, number), load in self._loads.items():
-            exact = self.simulate(place, load, changes).by_metric
+            exact = self._simulate(place, load, changes).by_metric
             estimated = self._of_load(place, number, changes)
             for at, each in enumerate(self.numbers):
                 if (each.place, each.where) == (place, _where(load)):
@@ -402,17 +376,6 @@ class Reprojection:
         steps = self.points[number.place].steps
         (step,) = (each for each in steps if number.where == each.where)
         return max(exp(value) - self._small(step), 0.0)
-
-    def changes_of(self, corrections: Corrections) -> dict[str, float]:
-        """Corrections as changes by name: logarithms of factors."""
-        found = {
-            name: log(each.factor)
-            for name, each in corrections.factors.items()
-            if name != LawKind.SKEW
-        }
-        if corrections.skew is not None and self._has_skew:
-            found[LawKind.SKEW] = (corrections.skew - (self.subject.alpha or 0.0)) / _SKEW_STEP
-        return found
 
     @property
     def sizes(self) -> list[tuple[int, StepSize]]:

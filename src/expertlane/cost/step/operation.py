@@ -472,6 +472,11 @@ class NumberTypes:
         rounds_inputs = options.activations == "float8"
         return replace(cls.asked(number_type, options.kv_dtype), rounds_inputs=rounds_inputs)
 
+    def of_deployment(self, options: Options) -> "NumberTypes":
+        """These types with a deployment's options: its own type of keys and values goes first."""
+        types = self.of_engine(self.weights, options)
+        return replace(types, kv=self.kv) if options.kv_dtype == "model" else types
+
     @classmethod
     def kept_as(
         cls, number_type: str, options: Options, stored: NarrowType | Literal["mxfp4"] | None
