@@ -140,3 +140,12 @@ def test_no_step_waits_for_a_plan(pools, undisturbed):
         assert not rebalancer.decisions
         assert not lines
         executor.may_go.set()
+
+
+def test_the_time_of_a_move_is_what_it_takes_beside_a_stall():
+    # By trial and rank: bytes, seconds of a whole expert, seconds of almost nothing.
+    timed = [[(8, 0.5, 0.2), (8, 0.6, 0.1)], [(8, 0.9, 0.1), (8, 0.1, 0.1)]]
+    pace = MovePace.of_trials(timed)
+    assert (pace.move_s, pace.stall_s) == (pytest.approx(0.5), pytest.approx(0.1))
+    pace = MovePace.of_trials([[(8, 0.16, 0.2)]])
+    assert (pace.move_s, pace.stall_s) == (pytest.approx(0.01), pytest.approx(0.2))
