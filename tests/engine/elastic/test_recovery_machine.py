@@ -20,7 +20,7 @@ from hypothesis.stateful import (
 
 from cli.screen import telling, tells
 from expertlane.balance.transition import Arrangement
-from expertlane.engine.elastic.recovery import CurrentArrangement, Recovery
+from expertlane.engine.elastic.recovery import CurrentArrangement, Recovery, RepeatedLosses
 from expertlane.engine.elastic.recovery_record import NEXT, RecoveryKind, State
 from expertlane.errors import RankError, RanksLostError, UserError
 from expertlane.schedule.plan import Batch, StepPlan
@@ -434,6 +434,23 @@ def test_one_replica_is_struck_again_and_again():
         recovery.settle(PLANS[0])
     assert [[*each] for each in found] == [[], [], [], [], [1], []]
     assert recovery.state is State.SERVING
+
+
+def test_steps_that_are_committed_again_forget_no_loss_and_further_ones_do():
+    def step(num_computed):
+        one, nothing = np.array([0]), np.empty((1, 0), np.int32)
+        batch = Batch(one, one + 1, one + num_computed, one * 0, nothing, np.array([True]))
+        return StepPlan(0, 0, Phase.DECODE, micro_batches=((batch,),))
+
+    losses = RepeatedLosses()
+    for number in range(3):
+        assert losses.add([step(7)], [0], 3) is None
+        losses.committed(step(6))  # computed again after the loss
+        assert losses.most == number + 1
+    assert losses.add([step(7)], [0], 3) == (0, (0, 0))
+    losses.add([step(7)], [0], 3)
+    losses.committed(step(7))
+    assert losses.most == 0
 
 
 def test_losses_at_the_start():
