@@ -4,7 +4,8 @@ import pytest
 
 from engine.ops.instruction_sets import ARITHMETIC, backend_or_skip
 from expertlane.engine.ops.build import BASELINE
-from expertlane.engine.ops.cpu import CpuBackend, VectorBackend
+from expertlane.engine.ops.cpu import VectorBackend
+from expertlane.engine.ops.torch_backend import TorchBackend
 
 
 @pytest.fixture(params=ARITHMETIC, scope="module")
@@ -13,7 +14,13 @@ def kernels(request) -> VectorBackend:
     return backend_or_skip(request.param)
 
 
-@pytest.fixture(params=[BASELINE.name, *ARITHMETIC], scope="module")
-def summing(request) -> CpuBackend:
-    """With sums of ours."""
-    return backend_or_skip(request.param)
+@pytest.fixture(params=["torch", *ARITHMETIC], scope="module")
+def ops(request) -> TorchBackend:
+    """Torch's operations, and arithmetic of ours."""
+    return TorchBackend() if request.param == "torch" else backend_or_skip(request.param)
+
+
+@pytest.fixture(params=["torch", BASELINE.name, *ARITHMETIC], scope="module")
+def summing(request) -> TorchBackend:
+    """Torch's sums, and ours."""
+    return TorchBackend() if request.param == "torch" else backend_or_skip(request.param)
